@@ -227,7 +227,7 @@ RECORDS = "checkpoints.jsonl"
 def find_checkpoints(directory):
     """[(number, path)] of the files named checkpoint_<integer>.<ext>, ordered as numbers; anything else is ignored."""
     found = []
-    for path in Path(directory).iterdir():
+    for path in Path(directory).glob("checkpoint_*"):
         match = CHECKPOINT_NAME.fullmatch(path.name)
         if match and path.is_file():
             found.append((int(match[1]), path))
@@ -235,7 +235,7 @@ def find_checkpoints(directory):
 
 
 def read_records(directory):
-    """{file name: record}, the last one written for each name. A line that was torn or altered is passed over."""
+    """{file name: record}, in the order they were written. A line that was torn or altered is passed over."""
     records = {}
     try:
         lines = (Path(directory) / RECORDS).read_bytes().splitlines()
@@ -245,6 +245,7 @@ def read_records(directory):
         with contextlib.suppress(ValueError, TypeError, KeyError, AttributeError):
             record = json.loads(line)
             if record.pop("seal") == _seal(record):
+                records.pop(record["name"], None)
                 records[record["name"]] = record
     return records
 
@@ -364,7 +365,8 @@ class Run:
 
     total: how many units of work there are; `unit` names them in the progress.
     every: units between checkpoints; a stretch longer than `max_minutes` is saved early, in parts.
-    settings: what decides the result, kept in run.json; a restart with others is refused, naming each that differs.
+    settings: what decides the result, kept in run.json; once there are checkpoints, a restart with others is refused,
+    naming each that differs.
     may_grow: the settings that may be larger than last time. first: number of the first unit (pieces only).
     unit_bytes: what a unit takes on the disk, about; a disk too small for the rest is refused before work begins.
     heartbeat: seconds between writes of PROGRESS.txt. stall_after: seconds without an update until STALLED (never
@@ -510,7 +512,7 @@ class Run:
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise CheckpointError(f"{path} cannot be read ({error}). Nothing was changed; bring back a good copy or "
                                   "choose another --out") from error
-        if before is not None:
+        if before is not None and find_checkpoints(self.out):   # before the first checkpoint nothing binds
             differ = []
             for key in sorted(before.keys() | asked.keys()):
                 old, new = before.get(key, "absent"), asked.get(key, "absent")
@@ -565,7 +567,7 @@ class Run:
             self.stop_if_asked()
             yield step
             self.update(step + 1)
-            late = time.monotonic() - saved > self.max_seconds
+            late = self._moved - saved > self.max_seconds
             if (step + 1) % self.every == 0 or step + 1 == self.total or late or self.stopping:
                 self.save(step + 1, write)
                 saved = time.monotonic()
@@ -631,7 +633,8 @@ class Run:
         for path_problem in bad:
             set_aside(*path_problem)
         there = {path.name for _, _, path in good} | {path.name for path, _ in bad}
-        for name in sorted(self.records.keys() - there):
+        for name in [name for name in self.records if name not in there and name != list(self.records)[-1]]:
+            # (A kill between the newest record and its file's rename leaves a record without a file: no loss.)
             _warn(f"{self.out / name} is gone; the work it held is done again")
 
         gaps, at = [], begin

@@ -33,7 +33,7 @@ PIECE_BYTES = 2 << 30    # a checkpoint is held in memory until it is saved: ref
 NEAR, FAR = 1.5, 3.0     # depth of the dot, world units
 DOT_RADIUS = 0.12        # world units
 BRIGHTNESS = 235         # of 255, so that the noise does not clip
-NOISE = 0.04             # largest deviation of a lit pixel, relative: sensor noise grows with the signal, black is black
+NOISE = 0.04             # largest relative deviation of a lit pixel: sensor noise grows with the signal, black is black
 DRAWS = 16               # random numbers a sample takes; a multiple of 4, Philox's block
 
 
@@ -72,8 +72,10 @@ def main():
                            title="Dataset generation", settings=settings.decisive(),
                            may_grow=() if settings.shard else ("n",), unit_bytes=bytes_per_sample(settings),
                            heartbeat=settings.heartbeat, max_minutes=settings.max_minutes) as run:
+        arrays = None
         for piece in run.pieces(length=samples_in):
-            arrays = empty_arrays(settings, piece.stop - piece.start)
+            arrays = arrays or empty_arrays(settings, min(settings.every, settings.n))   # once: they are our memory
+            arrays["videos"][:] = 0
             for first, last in piece.blocks(max(1, min(BLOCK, BLOCK_BYTES // video_bytes(settings)))):
                 render(settings, first, last, [a[first - piece.start:last - piece.start] for a in arrays.values()])
             piece.save(npz_bytes({name: a[:piece.done - piece.start] for name, a in arrays.items()}))
@@ -90,7 +92,7 @@ def problem_with(settings):
         return f"--channels must be 1 (grey) or 3 (colour), not {s.channels}"
     most = PIECE_BYTES // video_bytes(s)
     if min(s.every, s.n) > most:
-        return f"--every {s.every} of these videos would take {s.every * video_bytes(s):,} bytes of memory; at most {most}"
+        return f"--every {s.every} such videos would take {s.every * video_bytes(s):,} bytes of memory; at most {most}"
     if s.shard:
         match = re.fullmatch(r"(\d{1,6})/(\d{1,6})", s.shard)
         if not match or not 1 <= int(match[1]) <= int(match[2]) <= s.n:

@@ -5,7 +5,7 @@
     python merge.py --partial                        # take what is there, list what is missing
 
 The data set is the same, byte for byte, however the work was cut, interrupted or spread (for one version of zlib, which
-compresses it). Memory holds one checkpoint at a time. On any doubt nothing is written: gaps, overlaps, damaged files,
+compresses it). Memory holds a megabyte of it at a time. On any doubt nothing is written: gaps, overlaps, damaged files,
 settings that differ, NaN. Exit codes: 0 done; 1 refused, with the file and the range; 2 wrong arguments.
 """
 import json
@@ -122,9 +122,9 @@ def headers(path):
         with zipfile.ZipFile(path) as archive:
             for name in archive.namelist():
                 with archive.open(name) as member:
-                    version = np.lib.format.read_magic(member)
-                    read = getattr(np.lib.format, f"read_array_header_{version[0]}_{version[1]}")
-                    shape, fortran, dtype = read(member)
+                    if np.lib.format.read_magic(member) != (1, 0):   # later ones are for structured types
+                        return arrays, f"{name} is not an array of plain numbers"
+                    shape, fortran, dtype = np.lib.format.read_array_header_1_0(member)
                     arrays[name.removesuffix(".npy")] = (dtype.name, shape)
                     if fortran and len(shape) > 1:
                         return arrays, f"{name} is in Fortran order"
@@ -186,29 +186,33 @@ def write_data_set(file, parts, counts):
                 header = {"descr": np.lib.format.dtype_to_descr(np.dtype(dtype)), "fortran_order": False,
                           "shape": (total, *shape)}
                 np.lib.format.write_array_header_1_0(member, header)
-                waiting = bytearray()
+                waiting = b""
                 for part in parts:
-                    array = checked_array(part, name)
-                    if name == "labels":
-                        counts += np.bincount(array, minlength=len(CLASSES))
-                    waiting += array.reshape(-1).view(np.uint8).data
-                    whole = len(waiting) - len(waiting) % BLOCK
-                    for at in range(0, whole, BLOCK):
-                        member.write(waiting[at:at + BLOCK])
-                    del waiting[:whole]
+                    for block in checked_blocks(part, name):
+                        if name == "labels":
+                            counts += np.bincount(block, minlength=len(CLASSES))
+                        waiting += block.tobytes()
+                        if len(waiting) >= BLOCK:
+                            member.write(waiting[:BLOCK])
+                            waiting = waiting[BLOCK:]
                 member.write(waiting)
 
 
-def checked_array(part, name):
-    """One array of a checkpoint; raises CheckpointError where its values cannot be right."""
-    with np.load(part["path"], allow_pickle=False) as archive:
-        array = archive[name]
+def checked_blocks(part, name):
+    """One array of a checkpoint as flat blocks of at most BLOCK bytes; raises CheckpointError where a value is wrong."""
     where = f"{part['path']} (samples {part['start']} to {part['stop'] - 1})"
-    if array.dtype.kind == "f" and not np.isfinite(array).all():
-        raise CheckpointError(f"{where}: {name} has NaN or Inf; nothing was written")
-    if name == "labels" and (array != np.arange(part["start"], part["stop"]) % len(CLASSES)).any():
-        raise CheckpointError(f"{where}: labels are not the sample numbers mod {len(CLASSES)}; nothing was written")
-    return array
+    dtype, at = np.dtype(part["arrays"][name][0]), part["start"]
+    with zipfile.ZipFile(part["path"]) as archive, archive.open(f"{name}.npy") as member:
+        np.lib.format.read_magic(member)
+        np.lib.format.read_array_header_1_0(member)
+        while data := member.read(BLOCK):
+            block = np.frombuffer(data, dtype)
+            if dtype.kind == "f" and not np.isfinite(block).all():
+                raise CheckpointError(f"{where}: {name} has NaN or Inf; nothing was written")
+            if name == "labels" and (block != np.arange(at, at + len(block)) % len(CLASSES)).any():
+                raise CheckpointError(f"{where}: labels are not the sample numbers mod {len(CLASSES)}; nothing was written")
+            at += len(block)
+            yield block
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ BLOCK = 200              # samples rendered at once, fewer of the large ones: th
 BLOCK_BYTES = 4 << 20
 PIECE_BYTES = 2 << 30    # a checkpoint is held in memory until it is saved: refuse those that would not fit a laptop
 NEAR, FAR = 1.5, 3.0     # depth of the dot, world units
-DOT_RADIUS = 0.12        # world units
+DOT_RADIUS = 0.16        # world units
 BRIGHTNESS = 235         # of 255, so that the noise does not clip
 NOISE = 0.04             # largest relative deviation of a lit pixel: sensor noise grows with the signal, black is black
 DRAWS = 16               # random numbers a sample takes; a multiple of 4, Philox's block
@@ -75,7 +75,6 @@ def main():
         arrays = None
         for piece in run.pieces(length=samples_in):
             arrays = arrays or empty_arrays(settings, min(settings.every, settings.n))   # once: they are our memory
-            arrays["videos"][:] = 0
             for first, last in piece.blocks(max(1, min(BLOCK, BLOCK_BYTES // video_bytes(settings)))):
                 render(settings, first, last, [a[first - piece.start:last - piece.start] for a in arrays.values()])
             piece.save(npz_bytes({name: a[:piece.done - piece.start] for name, a in arrays.items()}))
@@ -104,14 +103,14 @@ def video_bytes(settings):
 
 
 def empty_arrays(settings, n):
-    """The arrays of a checkpoint for n samples, videos all black; the names, shapes and types of the data set."""
+    """The arrays of a checkpoint for n samples, not filled yet; the names, shapes and types of the data set."""
     t, c, s = settings.frames, settings.channels, settings.size
-    return {"videos": np.zeros((n, t, c, s, s), np.uint8), "labels": np.empty(n, np.int64),
+    return {"videos": np.empty((n, t, c, s, s), np.uint8), "labels": np.empty(n, np.int64),
             "trajectory_3d": np.empty((n, t, 3), np.float32), "trajectory_2d": np.empty((n, t, 2), np.float32)}
 
 
 def render(settings, first, stop, arrays):
-    """Fill `arrays` (of empty_arrays, stop - first long, videos black) with samples first to stop - 1."""
+    """Fill `arrays` (of empty_arrays, stop - first long) with samples first to stop - 1."""
     videos, labels, trajectory_3d, trajectory_2d = arrays
     index = np.arange(first, stop)
     draws = uniform(settings.seed, 0, first, stop, DRAWS)
@@ -250,6 +249,7 @@ def draw_dots(videos, centre, radius, colour, settings, first, stop):
     corner = corner.astype(np.intp)
     frame = np.arange(n * t * c).reshape(n, t, c, 1, 1) * (height * width)
     pixel = ((corner[:, :, 1, None, None] + span[:, None]) * width + corner[:, :, 0, None, None] + span)[:, :, None]
+    videos[:] = 0
     videos.reshape(-1)[frame + pixel] = value + np.float32(0.5)   # the cast to uint8 cuts, so this rounds
 
 

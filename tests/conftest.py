@@ -9,6 +9,9 @@ from pathlib import Path
 
 import pytest
 
+# A suite started in the background of a script inherits an ignored SIGINT, and would hand it on to the jobs it tests.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 

@@ -62,7 +62,7 @@ def one_line_errors():
     try:
         yield
     except CheckpointError as error:
-        print(f"{Path(sys.argv[0]).name or 'python'}: error: {error}", file=sys.stderr, flush=True)
+        print(f"{Path(sys.argv[0]).name or 'python'}: error: {_one_line(error)}", file=sys.stderr, flush=True)
         raise SystemExit(error.exit_code) from None
 
 
@@ -386,6 +386,7 @@ class Run:
         self.heartbeat, self.stall_after = heartbeat, stall_after
         self.done = self.durable = 0        # units worked on; units that survive a kill
         self.stopping = None                # the signal that asked us to stop
+        self.seconds_left = None            # a stage that knows better than the rate sets it, for the ETA
         self._newest = None                 # name of the newest checkpoint
         self._fields = {}                   # a stage's own lines of PROGRESS.txt
         self._began = self._elapsed_before = 0
@@ -429,10 +430,10 @@ class Run:
         finally:
             self._lock.release()
         if status == "COMPLETE":
-            self._say(f"complete: {self.out} has all {self.total} {self.unit}")
+            self.log(f"complete: {self.out} has all {self.total} {self.unit}")
         elif status == "INTERRUPTED":
             name = signal.Signals(self.stopping).name if self.stopping else "the program itself"
-            self._say(f"stopped by {name}: {self.durable}/{self.total} {self.unit} are saved; "
+            self.log(f"stopped by {name}: {self.durable}/{self.total} {self.unit} are saved; "
                       "run the same command again to go on")
         if isinstance(error, CheckpointError):
             with one_line_errors():
@@ -728,6 +729,8 @@ class Run:
         return f"{rate:.1f} {self.unit}/s" if rate >= 1 or rate == 0 else f"{rate:.3g} {self.unit}/s"
 
     def _eta_seconds(self):
+        if self.seconds_left is not None and self.done < self.total:
+            return max(0, self.seconds_left - (time.monotonic() - self._moved))
         rate = self._rate()
         return (self.total - self.done) / rate if rate > 0 else 0 if self.done >= self.total else None
 
@@ -778,11 +781,11 @@ class Run:
             if self._bar:
                 self._draw_bar()
             else:
-                self._say(f"{self._newest}  {self._summary()}")
+                self.log(f"{self._newest}  {self._summary()}")
 
     def _summary(self):
         eta = self._eta_seconds()
-        return f"{self._counts()}  {self._rate_text()}  ETA {'unknown' if eta is None else _duration(eta)}"
+        return f"{self._counts()}  {self._rate_text()}  ETA {'unknown' if eta is None else duration(eta)}"
 
     def _draw_bar(self):
         columns, summary = shutil.get_terminal_size().columns, self._summary()
@@ -792,9 +795,10 @@ class Run:
             sys.stdout.write(f"\r[{'#' * filled}{'-' * (width - filled)}] {summary}"[:columns] + "\033[K")
             sys.stdout.flush()
 
-    def _say(self, line):
+    def log(self, line):
+        """A line on stdout, out of the live bar's way."""
         with contextlib.suppress(OSError, ValueError):   # a closed log must not end the work
-            print(("\n" if self._bar and self._wake.is_set() else "") + line, flush=True)
+            print(("\r\033[K" if self._bar else "") + line, flush=True)
 
     def _says_complete(self):
         progress = read_progress(self.out / "PROGRESS.txt")
@@ -835,14 +839,15 @@ class Piece:
 
 
 def _one_line(value):
-    return "".join(c if c.isprintable() else " " for c in str(value))[:500]
+    return "".join(c if c.isprintable() else " " for c in str(value))[:1000]
 
 
 def _utc(seconds):
     return time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(seconds))
 
 
-def _duration(seconds):
+def duration(seconds):
+    """Seconds as a person says them: 3 min 20 s."""
     minutes, seconds = divmod(int(seconds + 0.5), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes} min" if hours else f"{minutes} min {seconds} s" if minutes else f"{seconds} s"
@@ -883,7 +888,7 @@ def status(roots):
         if word in ("RUNNING", "STALLED"):
             with contextlib.suppress(ValueError, KeyError):
                 age = max(0, int(time.time()) - int(progress["Heartbeat"]))
-                note = f"{progress.get('Rate', '')}  ETA {progress.get('ETA', '')}  heartbeat {_duration(age)} ago"
+                note = f"{progress.get('Rate', '')}  ETA {progress.get('ETA', '')}  heartbeat {duration(age)} ago"
                 if progress.get("Host") == socket.gethostname() and not _alive(int(progress["PID"])):
                     word, note = "DEAD", f"no process {progress['PID']}; run the same command again to go on"
         print(f"{directory}: {word}  {progress.get('Progress', '')}  {note}".rstrip())

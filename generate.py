@@ -167,7 +167,7 @@ def relative_paths(labels, draws, settings):
     path[k] = (between(2, 0.1, 0.8) * t)[k][..., None] * along[k][:, None]
 
     k = (labels == 1) | (labels == 2)   # circular: any plane, phase and radius; the plane's side gives the direction
-    angle = between(2, 0, 1) + between(3, 0.9, 1.6) * t
+    angle = between(2, 0, 1) + between(3, 1.2, 2.0) * t
     radius = between(4, 0.3, 0.5)
     path[k] = ((radius * cosine(angle))[k][..., None] * side[k][:, None]
                + (radius * sine(angle))[k][..., None] * other[k][:, None])

@@ -75,9 +75,9 @@ class Preset:
 
 
 PRESETS = {
-    "tiny": Preset(1, 32, 4, 64, 2, 192, 6, 6, 64, 80_000, 240_000, 2e-3, 1e-3, 0.5),
-    "small": Preset(1, 8, 1, 128, 3, 256, 8, 8, 256, 1_000_000, 2_000_000, 1e-3, 6e-4, 1.0),
-    "large": Preset(1, 8, 1, 192, 4, 512, 12, 8, 256, 2_000_000, 4_000_000, 6e-4, 3e-4, 2.0),
+    "tiny": Preset(1, 32, 4, 64, 2, 192, 4, 6, 32, 200_000, 700_000, 1e-3, 1e-3, 0.6),
+    "small": Preset(1, 32, 4, 128, 3, 256, 6, 8, 256, 1_500_000, 5_000_000, 1e-3, 1e-3, 1.0),
+    "large": Preset(1, 32, 4, 192, 4, 512, 12, 8, 256, 3_000_000, 12_000_000, 6e-4, 4e-4, 2.0),
 }
 
 
@@ -175,11 +175,14 @@ class Tokenizer(nn.Module):
         digits, _ = quantize(self.features(video))
         return ids_of(digits).flatten(2, 3)
 
-    def decode(self, ids, height, width):
-        """ids -> video (B, T, C, height, width), not clamped."""
+    def decode(self, ids, height, width, hidden=None):
+        """ids -> video (B, T, C, height, width), not clamped. Of places that are `hidden` (B, T', n) nothing is used."""
         h, w = height // self.PATCH // self.s, width // self.PATCH // self.s
         middle = torch.tensor([level // 2 for level in LEVELS], device=ids.device)
-        return self.paint((digits_of(ids.unflatten(2, (h, w))) - middle) / middle.float())
+        values = (digits_of(ids) - middle) / middle.float()
+        if hidden is not None:
+            values = values.masked_fill(hidden[..., None, None], 0)
+        return self.paint(values.unflatten(2, (h, w)))
 
     def paint(self, values):
         b, t, h, w = values.shape[:4]
@@ -189,9 +192,15 @@ class Tokenizer(nn.Module):
         x = x.reshape(b, t * self.t, h * s, w * s, self.channels, p, p).permute(0, 1, 4, 2, 5, 3, 6)
         return x.reshape(b, t * self.t, self.channels, h * s * p, w * s * p)
 
-    def forward(self, video):
-        """The training loss: the share of the video's energy that is lost, and L1 with dot and background weighed equally."""
+    def forward(self, video, kept):
+        """The training loss: the share of the video's energy that is lost, and L1 with dot and background weighed equally.
+
+        Of sample i only the first kept[i] slots are used (nested dropout, Rippel et al. 2014), so that the first slot says
+        roughly what is to be seen and the later ones refine it: an order in which it is easy to predict.
+        """
         _, values = quantize(self.features(video))
+        slot = torch.arange(self.slots, device=video.device)[:, None]
+        values = values * (slot < kept[:, None, None, None, None, None])
         error = self.paint(values).float() - video
         lit = (video > 0.02).float()
         l1 = error.abs()
@@ -217,57 +226,49 @@ class Layer(nn.Module):
         return x + self.down(F.gelu(self.up(self.norm2(x))))
 
 
-class CodeTable(nn.Module):
-    """A vector for each code of each slot: the sum of a vector for each of its numbers, so that codes that look alike begin
-    alike, and one of its own."""
-
-    def __init__(self, slots, dim):
-        super().__init__()
-        self.parts = nn.ParameterList([nn.Parameter(torch.randn(slots, level, dim) * 0.02) for level in LEVELS])
-        self.own = nn.Parameter(torch.zeros(slots, CODES, dim))
-        self.register_buffer("digits", digits_of(torch.arange(CODES)), persistent=False)
-
-    def forward(self):
-        """(slots, 1000, dim)"""
-        return self.own + sum(part[:, self.digits[:, i]] for i, part in enumerate(self.parts))
-
-
 class MaskedTransformer(nn.Module):
     """Fills in hidden places of a video's ids (B, T', n, slots) and its hidden class (B,).
 
-    A place is one element of the sequence, with all its slots, hidden or shown as a whole. What a hidden place holds is
-    predicted slot by slot, each given the ones before it (as Lee et al., CVPR 2022, do for residual codes), so that the
-    codes of one place always belong together.
+    A place is one element of the sequence, with all its slots, hidden or shown as a whole. A shown place goes in as what
+    its integers paint, since pixels say at once what codes would have to be learned to mean: `painted` is the tokenizer's
+    picture of the shown places alone. What a hidden place holds is predicted number by number, each given the ones before
+    it: codes factored into small alphabets, as in MAGVIT-v2, and in a chain, as Lee et al. (CVPR 2022) do for residual
+    codes, so that the numbers of one place always belong together.
     """
 
-    def __init__(self, preset, frames, places, classes):
+    def __init__(self, preset, shape, classes):
         super().__init__()
-        d, self.slots = preset.dim, preset.slots
-        self.codes_in, self.codes_out = CodeTable(self.slots, d), CodeTable(self.slots, d)
+        d, self.t, self.s, self.slots = preset.dim, preset.stride_t, preset.stride, preset.slots
+        t, channels, height, width = shape
+        frames, places = t // self.t, height // self.s * (width // self.s)
+        self.look = nn.Linear(self.t * channels * self.s**2, d)
         self.classes_in = nn.Parameter(torch.randn(classes + 1, d) * 0.02)   # the last: hidden
         self.hidden = nn.Parameter(torch.randn(d) * 0.02)
         self.frame, self.place = nn.Parameter(torch.randn(frames, 1, d) * 0.02), nn.Parameter(torch.randn(places, d) * 0.02)
         self.layers = nn.ModuleList([Layer(d, preset.heads) for _ in range(preset.layers)])
         self.norm = nn.LayerNorm(d)
         self.to_class = nn.Linear(d, classes)
-        self.slot = nn.Parameter(torch.randn(self.slots, d) * 0.02)
-        self.head_norm, self.up, self.down = nn.LayerNorm(d), nn.Linear(d, 2 * d), nn.Linear(2 * d, d)
-        self.bias = nn.Parameter(torch.zeros(self.slots, CODES))
+        numbers = self.slots * len(LEVELS)
+        self.known = nn.Parameter(torch.randn(numbers, max(LEVELS), d) * 0.02)
+        self.which = nn.Parameter(torch.randn(numbers, d) * 0.02)
+        self.head_norm, self.up, self.down = nn.LayerNorm(d), nn.Linear(d, d), nn.Linear(d, d)
+        self.to_number = nn.Parameter(torch.randn(numbers, d, max(LEVELS)) * 0.02)
+        # numbers of a smaller alphabet than 8 have the rest of it ruled out
+        self.register_buffer("bias", torch.tensor([[0.0 if i < level else -1e4 for i in range(max(LEVELS))] for level in LEVELS]
+                                                  * self.slots), persistent=False)
         for layer in self.layers:   # GPT-2's start: a residual stream that does not grow with depth
             for linear in (layer.qkv, layer.mix, layer.up, layer.down):
                 nn.init.normal_(linear.weight, std=0.02)
                 nn.init.zeros_(linear.bias)
             for linear in (layer.mix, layer.down):
                 nn.init.normal_(linear.weight, std=0.02 / math.sqrt(2 * preset.layers))
+        self.look.weight.data = waves(d, self.t * channels, self.s)
 
-    def vectors(self, ids):
-        """(..., slots, dim): the vectors of codes (..., slots)."""
-        table = self.codes_in().flatten(0, 1)
-        return F.embedding(ids + CODES * torch.arange(self.slots, device=ids.device), table)
-
-    def forward(self, ids, ids_hidden, label, label_hidden):
+    def forward(self, painted, ids_hidden, label, label_hidden):
         """The state of every element: (B, dim) of the class and (B, T' n, dim) of the places."""
-        x = self.vectors(ids).sum(-2)
+        b, t, c, h, w = painted.shape
+        x = painted.reshape(b, t // self.t, self.t, c, h // self.s, self.s, w // self.s, self.s)
+        x = self.look(x.permute(0, 1, 4, 6, 2, 3, 5, 7).reshape(b, t // self.t, -1, self.look.in_features))
         x = torch.where(ids_hidden[..., None], self.hidden.to(x.dtype), x) + self.frame + self.place
         first = F.embedding(torch.where(label_hidden, self.classes_in.shape[0] - 1, label), self.classes_in)
         x = torch.cat([first[:, None], x.flatten(1, 2)], 1)
@@ -276,12 +277,33 @@ class MaskedTransformer(nn.Module):
         x = self.norm(x)
         return x[:, 0], x[:, 1:]
 
-    def logits(self, states, ids):
-        """(N, slots, 1000) for states (N, dim) of places that hold ids (N, slots): slot k is told the slots before k."""
-        known = self.vectors(ids).cumsum(1)
-        x = states[:, None] + self.slot + F.pad(known, (0, 0, 1, 0))[:, :-1]
+    def logits(self, states, digits):
+        """(N, numbers, 8) for states (N, dim) of places that hold digits (N, numbers): each is told the ones before it."""
+        x = states[:, None] + self.which
+        known = self.known[torch.arange(digits.shape[1], device=digits.device), digits]
+        x = x + F.pad(known.cumsum(1), (0, 0, 1, 0))[:, :-1]
         x = x + self.down(F.gelu(self.up(self.head_norm(x))))
-        return torch.einsum("nkd,kcd->nkc", x, self.codes_out().to(x.dtype)) + self.bias
+        return torch.einsum("nkd,kdc->nkc", x, self.to_number.to(x.dtype)).float() + self.bias
+
+    def draw(self, states, temperature, generator):
+        """ids (N, slots): sampled number by number."""
+        digits = torch.zeros(len(states), self.slots * len(LEVELS), dtype=torch.long, device=states.device)
+        for k in range(digits.shape[1]):
+            chance = (self.logits(states, digits)[:, k] / temperature).softmax(-1)
+            digits[:, k] = torch.multinomial(chance, 1, generator=generator)[:, 0]
+        return ids_of(digits.unflatten(1, (self.slots, len(LEVELS))))
+
+
+def waves(dim, images, size):
+    """(dim, images * size^2): plane waves of low spatial frequency, as first weights that look at a picture. Where a dot is
+    and how large it looks are smooth functions of what they see; of random weights they are not."""
+    generator = torch.Generator().manual_seed(0)
+    frequency = torch.rand(dim, 2, generator=generator) * 4 - 2   # waves a picture
+    phase = torch.rand(dim, 1, 1, generator=generator)
+    at = (torch.arange(size) + 0.5) / size
+    wave = torch.cos(2 * math.pi * (frequency[:, 0, None, None] * at[:, None] + frequency[:, 1, None, None] * at + phase))
+    mix = torch.randn(dim, images, 1, 1, generator=generator) / math.sqrt(images)
+    return (mix * wave[:, None] / size).flatten(1)
 
 
 def draw_masks(batch, frames, places, generator, device):
@@ -319,7 +341,7 @@ class Model:
         t, channels, height, width = self.shape
         self.frames, self.places = t // preset.stride_t, (height // preset.stride) * (width // preset.stride)
         self.tokenizer = Tokenizer(preset, channels).to(device)
-        self.transformer = MaskedTransformer(preset, self.frames, self.places, len(self.classes)).to(device)
+        self.transformer = MaskedTransformer(preset, self.shape, len(self.classes)).to(device)
 
     def state(self):
         return {"format": "trajectory-magvit 1", "preset": asdict(self.preset), "shape": list(self.shape),
@@ -360,6 +382,10 @@ class Model:
             video = self.tokenizer.decode(ids, *self.shape[2:]).float()
         return (video.clamp(0, 1) * 255).round().to(torch.uint8)
 
+    def painted(self, ids, hidden):
+        """(B, T, C, H, W): what the places that are not hidden paint."""
+        return self.tokenizer.decode(ids, *self.shape[2:], hidden)
+
     def class_probabilities(self, ids, given=None):
         """(B, classes): from whole videos, or from their first `given` frames."""
         hidden = torch.zeros(ids.shape[:3], dtype=torch.bool, device=self.device)
@@ -367,7 +393,7 @@ class Model:
             hidden[:, given // self.preset.stride_t:] = True
         label = torch.zeros(len(ids), dtype=torch.long, device=self.device)
         with precision(self.device):
-            state, _ = self.transformer(ids, hidden, label, torch.ones_like(label, dtype=torch.bool))
+            state, _ = self.transformer(self.painted(ids, hidden), hidden, label, torch.ones_like(label, dtype=torch.bool))
             return self.transformer.to_class(state).float().softmax(-1)
 
     def fill(self, ids, given, labels, generator, temperature=1.0):
@@ -380,10 +406,9 @@ class Model:
         for frame in range(start, self.frames):
             for place in range(self.places):
                 with precision(self.device):
-                    states = self.transformer(ids, hidden, labels, unknown)[1][:, frame * self.places + place]
-                    for slot in range(self.preset.slots):
-                        logits = self.transformer.logits(states, ids[:, frame, place])[:, slot].float()
-                        ids[:, frame, place, slot] = sample(logits, temperature, generator)
+                    painted = self.painted(ids, hidden)
+                    states = self.transformer(painted, hidden, labels, unknown)[1][:, frame * self.places + place]
+                    ids[:, frame, place] = self.transformer.draw(states, temperature, generator)
                 hidden[:, frame, place] = False
         return ids
 
@@ -408,10 +433,6 @@ class Model:
 
 GENERATE_TEMPERATURE = 0.9
 FUTURES = 8
-
-
-def sample(logits, temperature, generator):
-    return torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)[:, 0]
 
 
 def precision(device):
@@ -665,30 +686,32 @@ class Trainer:
     def prepared(self, videos, labels, generator):
         """The arguments of the loss of this phase."""
         if self.phase.name == "tokenizer":
-            return self.learning, floats(videos, self.device)
-        with torch.no_grad():
+            kept = torch.randint(1, 2 * self.preset.slots, (len(videos),), generator=generator, device=self.device)
+            return self.learning, floats(videos, self.device), kept   # half of them all slots
+        with torch.no_grad(), precision(self.device):
             ids = self.average.encode(videos)
-        hidden = draw_masks(len(ids), *ids.shape[1:3], generator, self.device)
-        return self.learning, ids, labels, *hidden
+            hidden, label_hidden = draw_masks(len(ids), *ids.shape[1:3], generator, self.device)
+            painted = self.average.painted(ids, hidden)
+        return self.learning, painted, ids, labels, hidden, label_hidden
 
-    def tokenizer_loss(self, tokenizer, videos):
+    def tokenizer_loss(self, tokenizer, videos, kept):
         with precision(self.device):
-            return tokenizer(videos)
+            return tokenizer(videos, kept)
 
-    def transformer_loss(self, transformer, ids, labels, hidden, label_hidden):
+    def transformer_loss(self, transformer, painted, ids, labels, hidden, label_hidden):
         with precision(self.device):
-            state, states = transformer(ids, hidden, labels, label_hidden)
+            state, states = transformer(painted, hidden, labels, label_hidden)
             weight = hidden.flatten().float()
-            chosen, answers = states.flatten(0, 1), ids.flatten(0, 2)
+            chosen, answers = states.flatten(0, 1), digits_of(ids).flatten(3).flatten(0, 2)
             if self.device.type == "cpu":   # logits only where they count; on a GPU changing shapes cost more than they save
                 where = weight.nonzero()[:, 0]
                 chosen, answers, weight = chosen[where], answers[where], weight[where]
-            logits = transformer.logits(chosen, answers).float()
+            logits = transformer.logits(chosen, answers)
             guess = transformer.to_class(state).float()
-        loss = F.cross_entropy(logits.flatten(0, 1), answers.flatten(), reduction="none", label_smoothing=1e-4)
-        fill = (loss.view_as(answers).mean(1) * weight).sum() / weight.sum()
+        loss = F.cross_entropy(logits.flatten(0, 1), answers.flatten(), reduction="none")
+        fill = (loss.view_as(answers).sum(1) * weight).sum() / weight.sum()
         name = (F.cross_entropy(guess, labels, reduction="none") * label_hidden).sum() / label_hidden.sum().clamp(min=1)
-        return fill + 0.5 * name
+        return 0.25 * fill + name
 
     # -- the loop
 
@@ -984,7 +1007,8 @@ def evaluate_judge(trainer, model):
     """Train the judge on the real training videos, and see how good it is on real test videos."""
     torch.manual_seed(trainer.settings.seed + 1)
     judge = Judge(model.shape, len(model.classes)).to(trainer.device)
-    steps, size = 1500, min(128, len(trainer.parts[0]))
+    size = min(128, len(trainer.parts[0]))
+    steps = min(1500, 100 + 20 * len(trainer.parts[0]) // size)
     optimizer = torch.optim.AdamW(judge.parameters(), lr=3e-3, weight_decay=1e-3)
     with torch.enable_grad():
         for step in range(steps):

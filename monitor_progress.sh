@@ -262,6 +262,7 @@ while :; do
             unreachable=yes
         fi
     done
+    last=$(date +%s)
     # Right after waking the network is often down for some seconds: look again before saying so.
     if [ -n "$unreachable" ] && [ "$woke" -gt 0 ]; then woke=$((woke - 1)); sleep 3; continue; fi
     woke=0
@@ -297,7 +298,7 @@ while :; do
     pause=$interval
     [ "$failures" -le 1 ] || pause=$((interval << (failures < 6 ? failures - 1 : 5)))
     if [ "$pause" -gt 300 ] && [ "$interval" -lt 300 ]; then pause=300; fi
-    began=$(date +%s) last=$began
+    began=$last
     while now=$(date +%s) && [ $((now - began)) -lt "$pause" ]; do
         if [ $((now - last)) -gt 15 ] || [ "$now" -lt "$last" ]; then woke=3; break; fi   # we slept: look again at once
         last=$now

@@ -509,15 +509,22 @@ def checked_videos(videos, path):
 
 
 def read_npz(path):
+    """videos, labels, and whether they are our trajectories."""
+    arrays = read_arrays(path)
+    missing = {"videos", "labels"} - arrays.keys()
+    if missing:
+        raise CheckpointError(f"{path}: has no {' and no '.join(sorted(missing))}; it has {', '.join(arrays)}")
+    return arrays["videos"], arrays["labels"], "trajectory_2d" in arrays
+
+
+def read_arrays(path):
+    """{name: array} of an .npz that is whole and hides no code."""
     problem = checkpointing.problem_with(path)
     if problem:
         raise CheckpointError(f"{path}: not a whole .npz ({problem}); make it again with merge.py")
     try:
         with np.load(path, allow_pickle=False) as archive:
-            missing = {"videos", "labels"} - set(archive.files)
-            if missing:
-                raise CheckpointError(f"{path}: has no {' and no '.join(sorted(missing))}; it has {', '.join(archive.files)}")
-            return archive["videos"], archive["labels"], "trajectory_2d" in archive.files
+            return dict(archive)
     except (ValueError, OSError, zipfile.BadZipFile) as error:
         raise CheckpointError(f"{path}: cannot be read ({short(error)})") from None
 
@@ -718,7 +725,7 @@ class Trainer:
     def work(self, run):
         """From wherever `done` is to the end. Every place where it may be long calls `breathe`."""
         self.run, self.saved, self.spoke = run, time.monotonic(), time.monotonic()
-        self.recent, self.recent_start, self.step_seconds = [], self.done, None
+        self.recent, self.recent_start, self.counted, self.step_seconds = [], self.done, self.done, None
         self.publish()
         while self.done < self.steps:
             if self.phase is not self.phase_at(self.done):
@@ -728,7 +735,9 @@ class Trainer:
             self.done += 1
             self.report()
             if (self.done - self.phase.start) % self.epoch_steps == 0:
+                began = time.monotonic()
                 self.end_epoch()
+                self.spoke += time.monotonic() - began   # the speed that lines give is that of training alone
             self.breathe()
         self.evaluate()
 
@@ -772,20 +781,19 @@ class Trainer:
     def report(self):
         """A line every few seconds."""
         now = time.monotonic()
-        if self.device.type == "cpu" or len(self.recent) >= 500 or now - self.spoke > 5:
-            if len(self.recent) >= 500 or now - self.spoke > 5:
-                steps, seconds = len(self.recent), now - self.spoke
-                self.check_finite()
-                self.step_seconds, self.spoke = seconds / max(1, steps), now
-                epoch = (self.done - 1 - self.phase.start) // self.epoch_steps + 1
-                self.run.seconds_left = self.seconds_left()
-                self.run.update(self.done, Phase=self.phase.name, Epoch=f"{epoch}/{self.phase.epochs}",
-                                **{"Train loss": f"{self.train_loss:.4f}"})
-                self.run.log(f"{self.phase.name} epoch {epoch}/{self.phase.epochs}  step {self.done}/{self.steps}  loss "
-                             f"{self.train_loss:.4f}  {self.batch_size * steps / seconds:.0f} videos/s  "
-                             f"{checkpointing.duration(self.run.seconds_left)} left")
-            elif not math.isfinite(self.recent[-1].item()):
-                self.check_finite()
+        if now - self.spoke > 5 or len(self.recent) >= 500:
+            steps, seconds = self.done - self.counted, now - self.spoke
+            self.check_finite()
+            self.step_seconds, self.spoke, self.counted = seconds / steps, now, self.done
+            epoch = (self.done - 1 - self.phase.start) // self.epoch_steps + 1
+            self.run.seconds_left = self.seconds_left()
+            self.run.update(self.done, Phase=self.phase.name, Epoch=f"{epoch}/{self.phase.epochs}",
+                            **{"Train loss": f"{self.train_loss:.4f}"})
+            self.run.log(f"{self.phase.name} epoch {epoch}/{self.phase.epochs}  step {self.done}/{self.steps}  loss "
+                         f"{self.train_loss:.4f}  {self.batch_size * steps / seconds:.0f} videos/s  "
+                         f"{checkpointing.duration(self.run.seconds_left)} left")
+        elif self.device.type == "cpu" and not math.isfinite(self.recent[-1].item()):   # costs nothing there
+            self.check_finite()
 
     def seconds_left(self):
         left = self.steps - self.done

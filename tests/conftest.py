@@ -54,6 +54,16 @@ def start(script, *arguments, **more):
     return subprocess.Popen(command(script, *arguments), text=True, **more)
 
 
+def peak_memory(script, *arguments):
+    """Peak resident memory of a stage, in the unit of getrusage."""
+    code = ("import resource, runpy, sys; sys.argv = sys.argv[1:]; sys.path.insert(0, sys.argv[0].rpartition('/')[0]); "
+            "runpy.run_path(sys.argv[0], run_name='__main__'); "
+            "print('peak', resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)")
+    done = subprocess.run([sys.executable, "-c", code, *command(script, *arguments)[1:]], capture_output=True, text=True,
+                          check=True)
+    return int(done.stdout.rsplit("peak", 1)[1])
+
+
 def wait_for(condition, what, seconds=60):
     end = time.monotonic() + seconds
     while time.monotonic() < end:

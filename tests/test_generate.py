@@ -7,12 +7,11 @@ import re
 
 import signal
 import subprocess
-import sys
 import time
 
 import numpy as np
 import pytest
-from conftest import ROOT, kill, run, start, wait_for
+from conftest import kill, peak_memory, run, start, wait_for
 
 import generate
 from checkpointing import find_checkpoints, read_progress
@@ -285,13 +284,7 @@ def test_help_says_units_and_defaults():
 
 def test_memory_does_not_grow_with_n(tmp_path):
     """Peak memory of the process for 2,000 and 12,000 samples, equal within a fifth; benchmarks/ has the full figure."""
-    peaks = []
-    for n in (2000, 12000):
-        code = (f"import resource, runpy, sys; sys.path.insert(0, {str(ROOT)!r}); sys.argv = ['generate.py', '--n', '{n}',"
-                f" '--every', '1000', '--out', {str(tmp_path / str(n))!r}]; runpy.run_path({str(ROOT / 'generate.py')!r},"
-                " run_name='__main__'); print('peak', resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)")
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-        peaks.append(int(done.stdout.rsplit("peak", 1)[1]))
+    peaks = [peak_memory("generate.py", "--n", n, "--every", 1000, "--out", tmp_path / str(n)) for n in (2000, 12000)]
     assert peaks[1] < 1.2 * peaks[0]
 
 

@@ -380,7 +380,7 @@ def only(far, place):
 def test_ctrl_c_in_mid_fetch_ends_at_once_with_130_and_leaves_no_process(far, tmp_path):
     watcher = subprocess.Popen(["bash", MONITOR, f"silent:{tmp_path}"], env=far.env(TMPDIR=tmp_path), start_new_session=True,
                                stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    mine = lambda: subprocess.run(["pgrep", "-f", f"silent.*sh -s"], capture_output=True, text=True).stdout.split()   # noqa: E731
+    mine = lambda: subprocess.run(["pgrep", "-f", "silent.*sh -s"], capture_output=True, text=True).stdout.split()   # noqa: E731
     wait_for(mine, "the fetch")
     os.killpg(watcher.pid, signal.SIGINT)
     assert watcher.wait(timeout=5) == 130

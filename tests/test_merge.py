@@ -7,7 +7,7 @@ import sys
 
 import numpy as np
 import pytest
-from conftest import ROOT, kill, need, run, start, wait_for
+from conftest import ROOT, kill, need, peak_memory, run, start, wait_for
 
 import generate
 from checkpointing import find_checkpoints, sha256
@@ -167,12 +167,7 @@ def test_memory_is_that_of_one_checkpoint_not_of_the_set(tmp_path):
     peaks = []
     for n in (2000, 12000):
         run("generate.py", "--n", n, "--every", 1000, "--out", tmp_path / str(n))
-        code = (f"import resource, runpy, sys; sys.path.insert(0, {str(ROOT)!r}); sys.argv = ['merge.py', "
-                f"{str(tmp_path / str(n))!r}, '--out', {str(tmp_path / 'x.npz')!r}]; runpy.run_path("
-                f"{str(ROOT / 'merge.py')!r}, run_name='__main__'); "
-                "print('peak', resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)")
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-        peaks.append(int(done.stdout.rsplit("peak", 1)[1]))
+        peaks.append(peak_memory("merge.py", tmp_path / str(n), "--out", tmp_path / "x.npz"))
     assert peaks[1] < 1.2 * peaks[0]
 
 

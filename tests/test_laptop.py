@@ -397,8 +397,9 @@ def same(a, b, names):
 
 def test_files_arrive_while_they_are_made_and_are_equal_at_the_end(far, tmp_path):
     there, here = tmp_path / "there", tmp_path / "here"
-    process = start("generate.py", "--n", 60000, "--every", 1000, "--out", there, stdout=subprocess.DEVNULL)
+    process = start("generate.py", "--n", 100000, "--every", 1000, "--out", there, stdout=subprocess.DEVNULL)
     wait_for(lambda: (there / "PROGRESS.txt").exists(), "the start")
+    assert "there: RUNNING" in monitor(far, "-1", f"box:{there}", code=4).stdout
     while process.poll() is None:
         sync(far, f"box:{there}", here)
         assert not list(here.glob("*.tmp")) and not (here / ".lock").exists()
@@ -407,6 +408,7 @@ def test_files_arrive_while_they_are_made_and_are_equal_at_the_end(far, tmp_path
     assert sorted(p.name for p in here.iterdir() if not p.name.startswith(".")) == names and same(there, here, names)
     assert read_progress(here / "PROGRESS.txt")["Status"] == "COMPLETE"
     assert checkpointing.verify([here]) == 0
+    assert "there: COMPLETE" in monitor(far, "-1", f"box:{there}", code=0).stdout
 
 
 def test_a_real_training_seen_from_running_to_complete_and_copied_whole(far, tmp_path):

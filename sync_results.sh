@@ -64,8 +64,15 @@ unset SYNC_RESULTS_LOCKED
 
 tmp=$(mktemp -d /tmp/sync_results.XXXXXX) || fail 1 "cannot make a directory in /tmp"
 copier=''
+# Returns once no process of rsync's group is left: one that lingers would hold our lock, and turn the next sync away.
 stop_copying() {
-    if [ -n "$copier" ]; then kill -TERM -- "-$copier" 2>/dev/null; wait "$copier" 2>/dev/null; copier=''; fi
+    local tries=0
+    [ -n "$copier" ] || return
+    kill -TERM -- "-$copier" 2>/dev/null
+    wait "$copier" 2>/dev/null
+    while kill -0 -- "-$copier" 2>/dev/null && [ "$tries" -lt 30 ]; do sleep 0.1; tries=$((tries + 1)); done
+    kill -KILL -- "-$copier" 2>/dev/null
+    copier=''
 }
 trap 'stop_copying; rm -rf "$tmp"' EXIT
 trap 'exit 130' INT
@@ -94,8 +101,7 @@ copy() {
     copier=$!
     wait "$copier"
     code=$?
-    kill -TERM -- "-$copier" 2>/dev/null
-    copier=''
+    stop_copying
     case $code in
         0 | 24) return 0 ;;   # 24: a file went away while we looked, as old checkpoints do
         142) fail 75 "not finished after $seconds s; the next run goes on from here" ;;

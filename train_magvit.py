@@ -880,7 +880,7 @@ class Phase:
 
 def saved_bytes(state):
     buffer = io.BytesIO()
-    torch.save({k: v for k, v in state.items()}, buffer)
+    torch.save(state, buffer)
     return buffer.getvalue()
 
 

@@ -635,8 +635,9 @@ class Trainer:
 
     def state(self):
         """All of it, for torch.save: what a restart needs to end with the same bits."""
+        between = self.phase is not self.phase_at(self.done)   # the next phase begins with an optimiser of its own
         return {"done": self.done, "model": self.model.state(), "average": self.average.state(),
-                "optimizer": self.optimizer.state_dict(), "loss_sum": self.loss_sum, "history": self.history,
+                "optimizer": None if between else self.optimizer.state_dict(), "loss_sum": self.loss_sum, "history": self.history,
                 "best": self.best, "metrics": self.metrics, "judge": self.judge}
 
     def restore(self, state):
@@ -645,7 +646,8 @@ class Trainer:
         for model, kept in ((self.model, state["model"]), (self.average, state["average"])):
             model.tokenizer.load_state_dict(kept["tokenizer"])
             model.transformer.load_state_dict(kept["transformer"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        if state["optimizer"]:
+            self.optimizer.load_state_dict(state["optimizer"])
         self.loss_sum = state["loss_sum"].to(self.device)
         self.history, self.best, self.metrics, self.judge = (state[k] for k in ("history", "best", "metrics", "judge"))
 

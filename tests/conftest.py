@@ -9,8 +9,10 @@ from pathlib import Path
 
 import pytest
 
-# A suite started in the background of a script inherits an ignored SIGINT, and would hand it on to the jobs it tests.
+# A suite started in the background of a script or under nohup inherits ignored signals, and would hand them on to the jobs
+# it tests, which rightly go on ignoring them.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))

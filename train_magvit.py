@@ -274,7 +274,8 @@ class MaskedTransformer(nn.Module):
         self.hidden = nn.Parameter(torch.randn(d) * 0.02)
         self.frame, self.place = nn.Parameter(torch.randn(frames, 1, d) * 0.02), nn.Parameter(torch.randn(places, d) * 0.02)
         self.from_now = nn.Parameter(torch.randn(2 * frames + 1, d) * 0.3)   # frames since the first with a hidden place
-        self.expect = nn.Sequential(nn.Linear(min(frames, self.RECENT) * (numbers + 1), 4 * d), nn.GELU(), nn.Linear(4 * d, frames * d))
+        recent = min(frames, self.RECENT) * (numbers + 1)
+        self.expect = nn.Sequential(nn.Linear(recent, 4 * d), nn.GELU(), nn.Linear(4 * d, frames * d))
         self.layers = nn.ModuleList([Layer(d, preset.heads) for _ in range(preset.layers)])
         self.norm = nn.LayerNorm(d)
         self.to_class = nn.Linear(d, classes)
@@ -445,11 +446,11 @@ class Model:
                 hidden[:, frame, place] = False
         return ids
 
-    def generate(self, labels, generator):
+    def generate(self, labels, generator, samples=8):
         """Videos of the given classes, labels int64 (B,): of several samples, the one that the model itself classifies as the
         class asked for with the least doubt (rejection sampling, as Razavi et al. 2019, section 3.4)."""
         blank = torch.zeros(len(labels), self.frames, self.places, self.preset.slots, dtype=torch.long, device=self.device)
-        samples = torch.stack([self.fill(blank, 0, labels, generator, GENERATE_TEMPERATURE) for _ in range(SAMPLES)])
+        samples = torch.stack([self.fill(blank, 0, labels, generator, GENERATE_TEMPERATURE) for _ in range(samples)])
         doubt = torch.stack([1 - self.class_probabilities(ids).gather(1, labels[:, None])[:, 0] for ids in samples])
         return self.decode(samples[doubt.argmin(0), torch.arange(len(labels), device=self.device)])
 
@@ -460,7 +461,6 @@ class Model:
 
 
 GENERATE_TEMPERATURE = 0.9
-SAMPLES = 8                # of which the model chooses one
 PREDICT_TEMPERATURE = 0.5
 DRAWS = 16                 # for each place of a predicted video
 
@@ -1090,12 +1090,15 @@ def evaluate_generation(trainer, model):
     judge.load_state_dict(trainer.judge)
     judge.eval()
     right = in_batches(trainer, lambda part: judge(floats(part, trainer.device)).argmax(1), made) == labels
+    plain = in_batches(trainer, lambda part: model.generate(part, generator, samples=1), labels)
+    right_plain = in_batches(trainer, lambda part: judge(floats(part, trainer.device)).argmax(1), plain) == labels
     half = torch.arange(len(real), device=real.device) % 2 == 0
     n = int((~half).sum())
     near_made, _ = nearest(trainer, made, model.shape[0])
     near_real, _ = nearest(trainer, real, model.shape[0])
     return {"videos": len(made), "judged_right": right.float().mean().item(),
             "judged_right_by_class": {name: right[labels == k].float().mean().item() for k, name in enumerate(model.classes)},
+            "judged_right_unchosen": right_plain.float().mean().item(),
             "one_dot": one_dot_share(made), "one_dot_real": one_dot_share(real),
             "feature_distance": frechet(path_features(made[half][:n]), path_features(real[~half])),
             "feature_distance_real_halves": frechet(path_features(real[half][:n]), path_features(real[~half])),
@@ -1185,6 +1188,8 @@ def table(metrics):
             ("accuracy, whole videos", f"{c['accuracy']:.1%}", f"{c['chance']:.1%}", "chance"),
             (f"accuracy, first {c['frames_first_half']} frames", f"{c['accuracy_first_half']:.1%}", f"{c['chance']:.1%}", "chance"),
             ("generated, judged right", f"{g['judged_right']:.1%}", f"{j['accuracy_on_real']:.1%}", "real videos, same judge"),
+            ("generated, judged right, unchosen", f"{g['judged_right_unchosen']:.1%}", f"{j['accuracy_on_real']:.1%}",
+             "real videos, same judge"),
             ("generated, frames with one dot", f"{g['one_dot']:.2%}", f"{g['one_dot_real']:.2%}", "real videos"),
             ("generated, distance of paths to real", f"{g['feature_distance']:.4f}", f"{g['feature_distance_real_halves']:.4f}",
              "two halves of the real"),

@@ -1,7 +1,7 @@
 """What training costs, measured in one run: python benchmarks/bench_train.py [--device cuda --preset small]
 
-Generates 10,000 videos, trains a tenth of the default length with the default checkpoints, stops in the middle of the second
-phase, and goes on in a new process. Takes three minutes on two cores. Run it on an idle machine.
+Generates 10,000 videos, trains a sixteenth of the default length with the default checkpoints, stops in the middle of the second
+phase, and goes on in a new process. Takes two minutes on two cores. Run it on an idle machine.
 """
 import argparse
 import subprocess
@@ -81,7 +81,7 @@ def main():
                                    ("merge.py", f"{place}/run", "--out", f"{place}/dataset.npz")):
             subprocess.run([sys.executable, ROOT / script, *map(str, arguments)], check=True, stdout=subprocess.DEVNULL)
         settings = train_magvit.Settings(data=f"{place}/dataset.npz", out=f"{place}/training", preset=asked.preset,
-                                         device=asked.device, epochs=20)
+                                         device=asked.device, epochs=13)
         train_magvit.Trainer = Watched
         with quiet():
             try:
@@ -98,7 +98,7 @@ def main():
         line("share of the second phase's time spent in checkpoints", f"{spent / (times[-1][0] - times[0][0]):.2%}", "1 %")
         line("one checkpoint", f"{spent / max(1, len([1 for p, _ in Watched.saves[:-1] if p == 'transformer'])):.2f} s", "-")
         arguments = ["--data", settings.data, "--out", settings.out, "--preset", asked.preset, "--device", asked.device,
-                     "--epochs", "20"]
+                     "--epochs", "13"]
         done = subprocess.run([sys.executable, "-c", RESTART.format(root=str(ROOT), arguments=arguments)], check=True,
                               capture_output=True, text=True)
         seconds = float(done.stdout.partition("FIRST STEP")[2].split()[0])

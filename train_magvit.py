@@ -256,8 +256,8 @@ class MaskedTransformer(nn.Module):
 
     What moves is told most by the last frames before the first hidden one. So places also know how far they are from it,
     and a perceptron reads the last frames side by side, where speed and curvature are plain, and adds to each hidden place
-    what it expects there. Attention alone learns that slowly: 5.8 px instead of 2.7 px off in the next frame after 100,000
-    videos.
+    what it expects there. Without these, and with all hidden frames weighed alike in the loss, a sampled next frame was 5.8 px
+    off instead of 2.7 px after 96,000 videos.
     """
 
     SCALE = 8

@@ -263,11 +263,9 @@ class MaskedTransformer(nn.Module):
     SCALE = 8
     RECENT = 4   # frames side by side
 
-    def __init__(self, preset, shape, classes):
+    def __init__(self, preset, frames, places, classes):
         super().__init__()
         d, e, self.slots = preset.dim, preset.head, preset.slots
-        t, _, height, width = shape
-        frames, places = t // preset.stride_t, height // preset.stride * (width // preset.stride)
         numbers = self.slots * len(LEVELS)
         self.look = nn.Sequential(nn.Linear(numbers, 2 * d), nn.GELU(), nn.Linear(2 * d, d))
         self.classes_in = nn.Parameter(torch.randn(classes + 1, d) * 0.02)   # the last: hidden
@@ -309,19 +307,21 @@ class MaskedTransformer(nn.Module):
         x = self.norm(x)
         return x[:, 0], x[:, 1:]
 
+    def head(self, x):
+        return x + self.down(F.gelu(self.up(self.head_norm(x))))
+
     def logits(self, states, digits):
         """(N, numbers, levels) for states (N, dim) of places that hold digits (N, numbers): each is told the ones before it."""
         known = self.known[torch.arange(digits.shape[1], device=digits.device), digits]
         x = self.to_head(states)[:, None] + self.which + F.pad(known.cumsum(1), (0, 0, 1, 0))[:, :-1]
-        x = x + self.down(F.gelu(self.up(self.head_norm(x))))
+        x = self.head(x)
         return torch.einsum("nke,kec->nkc", x, self.to_number.to(x.dtype)).float()
 
     def draw(self, states, temperature, generator):
         """ids (N, slots): sampled number by number."""
         told, digits = self.to_head(states), []
         for k in range(len(self.which)):
-            x = told + self.which[k]
-            x = x + self.down(F.gelu(self.up(self.head_norm(x))))
+            x = self.head(told + self.which[k])
             chance = ((x @ self.to_number[k].to(x.dtype)).float() / temperature).softmax(-1)
             digits.append(torch.multinomial(chance, 1, generator=generator)[:, 0])
             told = told + self.known[k, digits[-1]]
@@ -372,7 +372,7 @@ class Model:
         t, channels, height, width = self.shape
         self.frames, self.places = t // preset.stride_t, (height // preset.stride) * (width // preset.stride)
         self.tokenizer = Tokenizer(preset, channels).to(device)
-        self.transformer = MaskedTransformer(preset, self.shape, len(self.classes)).to(device)
+        self.transformer = MaskedTransformer(preset, self.frames, self.places, len(self.classes)).to(device)
 
     def state(self):
         return {"format": "trajectory-magvit 1", "preset": asdict(self.preset), "shape": list(self.shape),
@@ -450,9 +450,9 @@ class Model:
         """Videos of the given classes, labels int64 (B,): of several samples, the one that the model itself classifies as the
         class asked for with the least doubt (rejection sampling, as Razavi et al. 2019, section 3.4)."""
         blank = torch.zeros(len(labels), self.frames, self.places, self.preset.slots, dtype=torch.long, device=self.device)
-        samples = torch.stack([self.fill(blank, 0, labels, generator, GENERATE_TEMPERATURE) for _ in range(samples)])
-        doubt = torch.stack([1 - self.class_probabilities(ids).gather(1, labels[:, None])[:, 0] for ids in samples])
-        return self.decode(samples[doubt.argmin(0), torch.arange(len(labels), device=self.device)])
+        made = torch.stack([self.fill(blank, 0, labels, generator, GENERATE_TEMPERATURE) for _ in range(samples)])
+        doubt = torch.stack([1 - self.class_probabilities(ids).gather(1, labels[:, None])[:, 0] for ids in made])
+        return self.decode(made[doubt.argmin(0), torch.arange(len(labels), device=self.device)])
 
     def predict(self, videos, given, generator):
         """The videos with the frames from `given` on predicted, each near the middle of what it could be."""

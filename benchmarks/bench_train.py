@@ -17,6 +17,7 @@ import torch  # noqa: E402
 import train_magvit  # noqa: E402
 from bench_generate import line, quiet  # noqa: E402
 
+EPOCHS = 13    # of the default 213
 WARM_UP = 20   # first steps of a phase that do not count: compilation, caches
 RESTART = """
 import sys, time
@@ -81,7 +82,7 @@ def main():
                                    ("merge.py", f"{place}/run", "--out", f"{place}/dataset.npz")):
             subprocess.run([sys.executable, ROOT / script, *map(str, arguments)], check=True, stdout=subprocess.DEVNULL)
         settings = train_magvit.Settings(data=f"{place}/dataset.npz", out=f"{place}/training", preset=asked.preset,
-                                         device=asked.device, epochs=13)
+                                         device=asked.device, epochs=EPOCHS)
         train_magvit.Trainer = Watched
         with quiet():
             try:
@@ -98,7 +99,7 @@ def main():
         line("share of the second phase's time spent in checkpoints", f"{spent / (times[-1][0] - times[0][0]):.2%}", "1 %")
         line("one checkpoint", f"{spent / max(1, len([1 for p, _ in Watched.saves[:-1] if p == 'transformer'])):.2f} s", "-")
         arguments = ["--data", settings.data, "--out", settings.out, "--preset", asked.preset, "--device", asked.device,
-                     "--epochs", "13"]
+                     "--epochs", str(EPOCHS)]
         done = subprocess.run([sys.executable, "-c", RESTART.format(root=str(ROOT), arguments=arguments)], check=True,
                               capture_output=True, text=True)
         seconds = float(done.stdout.partition("FIRST STEP")[2].split()[0])

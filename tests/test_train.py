@@ -229,7 +229,7 @@ def test_hidden_places_reach_neither_the_class_nor_the_other_places():
 def test_a_place_that_is_drawn_is_told_all_its_numbers_in_order():
     """What `draw` samples step by step must be what `logits` is trained on at once."""
     torch.manual_seed(0)
-    transformer = tm.MaskedTransformer(tm.PRESETS["tiny"], (8, 1, 32, 32), 4)
+    transformer = tm.MaskedTransformer(tm.PRESETS["tiny"], 8, 1, 4)
     for parameter in transformer.parameters():
         parameter.data += torch.randn_like(parameter) * 0.1
     states = torch.randn(50, tm.PRESETS["tiny"].dim)

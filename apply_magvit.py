@@ -21,13 +21,14 @@ import torch
 import checkpointing
 import train_magvit as magvit
 from checkpointing import CheckpointError
+from settings import OneLineParser
 
 BATCH = 256
 
 
 def main():
-    parser = checkpointing.OneLineParser(description=__doc__.partition("\n")[0])
-    commands = parser.add_subparsers(dest="command", required=True, parser_class=checkpointing.OneLineParser)
+    parser = OneLineParser(description=__doc__.partition("\n")[0])
+    commands = parser.add_subparsers(dest="command", required=True, parser_class=OneLineParser)
     classify_ = commands.add_parser("classify", help="print a line a video: its number, class and probability")
     generate_ = commands.add_parser("generate", help="make new videos of a class")
     predict_ = commands.add_parser("predict", help="continue videos from their first frames")

@@ -1,4 +1,4 @@
-"""Long jobs that lose at most minutes of work: durable checkpoints, exact restarts, progress as a plain file.
+"""Long jobs that lose at most minutes of work: durable checkpoints, exact restarts, visible progress.
 
     import json, checkpointing
 
@@ -8,34 +8,42 @@
             values.append(simulate(i))
 
 Kill it at any moment and start it again: it goes on from the newest checkpoint that verifies.
-`python checkpointing.py status DIR` says what every run below DIR is doing, `verify DIR` reads every checkpoint.
+`python checkpointing.py status DIR` says what every run below DIR is doing, `verify DIR` reads
+every checkpoint and result. A function over many items is one line: see map().
 
 Promised, on a local Linux or macOS file system:
   1. A file appears under its final name whole or not at all, also after kill -9 or a power cut.
-  2. What a restart reads was verified to the last byte. A bad file is set aside, never deleted; an older good one
-     is used; if all are bad the run stops with an error instead of starting over.
+  2. What a restart reads was verified to the last byte. A bad file is set aside, never deleted; an
+     older good one is used; if all are bad the run stops with an error instead of starting over.
+     A file that cannot be read is not called bad: the run stops and changes nothing.
   3. One writer a directory, by a kernel lock that dies with its process.
-  4. An older checkpoint is removed only after the newer one was read back and verified. Nothing else is removed.
-  5. PROGRESS.txt is one whole version at every moment, and says STALLED when it beats but the work does not move.
-  6. Exit codes: 0 complete; 1 failed; 2 wrong settings; 75 directory in use; 129, 130, 143 stopped by SIGHUP,
-     SIGINT, SIGTERM after saving what was done.
-Not promised: anything on Windows (no fcntl); the lock and durability on network file systems, which may lie about
-both; a disk that acknowledges a flush it did not do; checkpoints changed on purpose (checksums are not signatures).
+  4. An older checkpoint is removed only after the newer one was read back and verified. Nothing
+     else is removed.
+  5. PROGRESS.txt is one whole version at every moment, and says STALLED when it beats but the work
+     does not move.
+  6. A job that forks, uses pools or threads, or writes where nobody reads behaves as without us.
+  7. Exit codes: 0 complete; 1 failed, or left before the end; 2 wrong settings; 75 directory in
+     use; 129, 130, 143 stopped by SIGHUP, SIGINT, SIGTERM after saving what was done.
+A kill repeats the units since the last checkpoint, side effects outside the run included.
+Not promised: anything on Windows (no fcntl); the lock and durability on network file systems, which
+may lie about both; a disk that acknowledges a flush it did not do; checkpoints changed on purpose
+(checksums are not signatures).
 
 Standard library only, Python 3.9 on. Copy this one file into your project.
 """
-import argparse
 import contextlib
-import dataclasses
 import errno
 import fcntl
 import hashlib
+import io
 import json
 import os
+import queue
 import re
 import shutil
 import signal
 import socket
+import stat
 import sys
 import threading
 import time
@@ -43,9 +51,7 @@ import zipfile
 import zlib
 from pathlib import Path
 
-FAILED, WRONG_SETTINGS, IN_USE = 1, 2, 75   # exit codes; 75 is EX_TEMPFAIL of sysexits.h: try again later
-CHECKPOINT_NAME = re.compile(r"checkpoint_(\d+)(\.[A-Za-z0-9]+)")
-TEMP_NAME = re.compile(r"\..+\.\d+-[0-9a-f]{8}\.tmp")
+FAILED, WRONG_SETTINGS, IN_USE = 1, 2, 75   # exit codes; 75 is EX_TEMPFAIL of sysexits.h
 
 
 class CheckpointError(Exception):
@@ -56,763 +62,364 @@ class CheckpointError(Exception):
         self.exit_code = exit_code
 
 
-@contextlib.contextmanager
-def one_line_errors():
-    """Turn a CheckpointError into one line on stderr and its exit code: no stack trace for a user's mistake."""
-    try:
-        yield
-    except CheckpointError as error:
-        print(f"{Path(sys.argv[0]).name or 'python'}: error: {_one_line(error)}", file=sys.stderr, flush=True)
-        raise SystemExit(error.exit_code) from None
-
-
-def option(default, help):
-    """A field of a settings dataclass that parse_settings() turns into a command-line option."""
-    return dataclasses.field(default=default, metadata={"help": help})
-
-
-class OneLineParser(argparse.ArgumentParser):
-    """argparse, except that a mistake gets one line on stderr instead of the whole usage."""
-
-    def error(self, message):
-        self.exit(WRONG_SETTINGS, f"{self.prog}: error: {message}; see {self.prog} --help\n")
-
-
-def parse_settings(kind, description, argv=None):
-    """The command line of a stage, made from its dataclass `kind`: a field an option, a True one a --no-NAME flag."""
-    parser = OneLineParser(description=description)
-    for field in dataclasses.fields(kind):
-        name, default, text = field.name.replace("_", "-"), field.default, field.metadata["help"]
-        if isinstance(default, bool):
-            flag = f"--no-{name}" if default else f"--{name}"
-            parser.add_argument(flag, dest=field.name, action=f"store_{str(not default).lower()}", help=text)
-        else:
-            shown = "" if default is None else f" (default {default})"
-            parser.add_argument(f"--{name}", dest=field.name, default=default, help=text + shown,
-                                type=str if default is None else type(default))
-    return parser, kind(**vars(parser.parse_args(argv)))
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Writing: temp file in the same directory, write, fsync, rename, fsync of the directory. Each step has a name.
-
-def write_atomic(path, content, before_rename=None, durable=True):
-    """Write `content` to `path` so that the name holds the old file or the whole new one, whatever happens.
-
-    content: str, bytes, or a function that writes to the open binary file it is given. The file gets the umask's
-    mode. `before_rename(temp_path)` runs once the bytes are on the disk and before they have their name.
-    durable=False leaves out the slow half (the drive's own cache on a Mac, the directory): a reader still sees one
-    whole version, but after a power cut it may be the one before.
-    Raises CheckpointError when the bytes cannot be stored (disk full, read-only, ...); `path` is then as it was.
-    """
-    path = Path(path)
-    file = None
-    try:
-        file = _TempFile(path)
-        _fill(file, content)
-        _sync_file(file, durable)
-        if before_rename:
-            before_rename(file.name)
-        os.replace(file.name, path)
-        if durable:
-            _sync_directory(path.parent)
-    except OSError as error:
-        wanted = _bytes_wanted(file, content)
-        _discard(file)   # first, so that the space it took counts as free
-        raise CheckpointError(_explain(error, path, wanted)) from error
-    except BaseException:
-        _discard(file)
-        raise
-    finally:
-        if file:
-            file.close_quietly()
-
-
-class _TempFile:
-    """The file a caller's function writes to: a real file, locked while its writer lives, that knows its size."""
-
-    def __init__(self, path):
-        # The lock tells a living writer's file from a dead one's (see sweep), also where PIDs are reused. A sweeper
-        # may remove the file between open and lock: then it has no name any more, and another one is made.
-        while True:
-            self.name = str(path.parent / f".{path.name}.{os.getpid()}-{os.urandom(4).hex()}.tmp")
-            self.file = open(os.open(self.name, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666), "w+b")
-            with contextlib.suppress(OSError):   # no flock on this file system: the sweeper cannot take it either
-                fcntl.flock(self.file, fcntl.LOCK_EX)
-            if os.fstat(self.file.fileno()).st_nlink:
-                return
-            self.file.close()
-
-    def close_quietly(self):
-        with contextlib.suppress(OSError):   # closing flushes; what failed to be written was reported already
-            self.file.close()
-
-
-def _fill(temp, content):
-    if isinstance(content, str):
-        content = content.encode()
-    if callable(content):
-        content(temp.file)
-    else:
-        temp.file.write(content)
-
-
-def _sync_file(temp, flush_drive):
-    temp.file.flush()
-    if flush_drive and hasattr(fcntl, "F_FULLFSYNC"):   # macOS: fsync alone leaves the bytes in the drive's cache
-        try:
-            fcntl.fcntl(temp.file.fileno(), fcntl.F_FULLFSYNC)
-            return
-        except OSError:
-            pass   # not on this file system
-    # Never tried twice: after a failed fsync Linux forgets the lost pages, and a second call would report success.
-    os.fsync(temp.file.fileno())
-
-
-def _sync_directory(directory):
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _discard(temp):
-    if temp:
-        temp.close_quietly()
-        with contextlib.suppress(OSError):
-            os.unlink(temp.name)
-
-
-def _bytes_wanted(temp, content):
-    if isinstance(content, (str, bytes, bytearray, memoryview)):
-        return f"{len(content.encode() if isinstance(content, str) else content):,}"
-    with contextlib.suppress(Exception):   # a function's size is not known: it got at least this far
-        return f"at least {temp.file.tell():,}"
-    return "some"
-
-
-def _explain(error, path, wanted):
-    reason = error.strerror or str(error)
-    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        return (f"{path}: not saved, {reason}: wanted {wanted} bytes, {free_bytes(path.parent):,} free. All earlier "
-                "files are intact. Make room and run the same command again: it goes on from there")
-    return f"{path}: cannot write ({reason}). All earlier files are intact. Mend that and run the same command again"
-
-
-def free_bytes(directory):
-    """Bytes an ordinary user may still write to the file system of `directory`; -1 if that cannot be told."""
-    with contextlib.suppress(OSError):
-        return shutil.disk_usage(directory).free
-    return -1
-
-
-def sweep(directory):
-    """Remove the temp files of dead writers; those of living ones are locked by them and left alone."""
-    for path in Path(directory).iterdir():
-        if TEMP_NAME.fullmatch(path.name):
-            with contextlib.suppress(OSError), open(path, "rb") as file:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                os.unlink(path)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Reading back: which checkpoints are there, in which order, and is each the one that was written?
-# checkpoints.jsonl holds a line a checkpoint, durable before the checkpoint has its name:
-# {"name", "start", "stop", "bytes", "sha256", "elapsed", "seal"}.
-
-RECORDS = "checkpoints.jsonl"
-
-
-def find_checkpoints(directory):
-    """[(number, path)] of the files named checkpoint_<integer>.<ext>, ordered as numbers; anything else is ignored."""
-    found = []
-    for path in Path(directory).glob("checkpoint_*"):
-        match = CHECKPOINT_NAME.fullmatch(path.name)
-        if match and path.is_file():
-            found.append((int(match[1]), path))
-    return sorted(found)
-
-
-def read_records(directory):
-    """{file name: record}, in the order they were written. A line that was torn or altered is passed over."""
-    records = {}
-    try:
-        lines = (Path(directory) / RECORDS).read_bytes().splitlines()
-    except OSError:
-        return records
-    for line in lines:
-        with contextlib.suppress(ValueError, TypeError, KeyError, AttributeError):
-            record = json.loads(line)
-            if record.pop("seal") == _seal(record):
-                records.pop(record["name"], None)
-                records[record["name"]] = record
-    return records
-
-
-def _seal(record):
-    return zlib.crc32(json.dumps(record, sort_keys=True).encode())
-
-
-def sha256(path):
-    """The SHA-256 of a file, in hexadecimal."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def problem_with(path, record=None):
-    """None if the file at `path` is whole, else what is wrong with it, in a few words. Reads every byte.
-
-    With its record the file must be the very bytes that were written. Without, a zip-based file (.npz, .pt) is
-    checked by the CRCs of all its members, and any other format cannot be vouched for.
-    """
-    try:
-        size = os.path.getsize(path)
-        if size == 0:
-            return "empty"
-        if record:
-            if size != record["bytes"]:
-                return f"{size:,} bytes, should be {record['bytes']:,}"
-            return None if sha256(path) == record["sha256"] else "checksum differs"
-        return _zip_problem(path)
-    except OSError as error:
-        return error.strerror or str(error)
-
-
-def _zip_problem(path):
-    with open(path, "rb") as file:
-        if file.read(2) != b"PK":
-            return "no checksum of it is recorded, and it is not a zip-based file"
-        try:
-            with zipfile.ZipFile(file) as archive:
-                bad = archive.testzip()
-        except Exception as error:   # zipfile raises a dozen types on damaged bytes
-            return f"damaged zip ({str(error) or type(error).__name__})"
-        return f"member {bad} fails its CRC" if bad else None
-
-
-def set_aside(path, problem):
-    """Rename a bad file to *.corrupt, never over another one, and say so."""
-    path = Path(path)
-    aside, copy = path.with_name(path.name + ".corrupt"), 2
-    while aside.exists():
-        aside, copy = path.with_name(f"{path.name}.{copy}.corrupt"), copy + 1
-    try:
-        os.rename(path, aside)
-        _sync_directory(path.parent)
-    except OSError as error:
-        raise CheckpointError(f"{path} is bad ({problem}) and cannot be set aside: {error.strerror}") from error
-    _warn(f"{path}: {problem}. Set aside as {aside.name}; the work it held is done again")
-
-
-def _warn(message):
-    with contextlib.suppress(OSError, ValueError):   # a closed log must not end the work
-        print(f"warning: {message}", file=sys.stderr, flush=True)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# One writer a directory
-
-_held = set()   # POSIX locks do not exclude a process from itself
-
-
-class DirectoryLock:
-    """A kernel lock on DIR/.lock. Of the two kinds, POSIX: a forked child does not inherit it, so it dies with us."""
-
-    def __init__(self, directory):
-        self.directory = Path(directory).resolve()
-        path = self.directory / ".lock"
-        if self.directory in _held:
-            raise CheckpointError(f"{directory} is in use by this very process (PID {os.getpid()})", IN_USE)
-        try:
-            self.file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-        except OSError as error:
-            raise CheckpointError(f"{directory}: cannot write here ({error.strerror}). Nothing was changed; "
-                                  "choose another --out or mend the permissions") from error
-        try:
-            fcntl.lockf(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            holder = os.pread(self.file, 500, 0).decode(errors="replace").strip()
-            os.close(self.file)
-            if error.errno in (errno.EACCES, errno.EAGAIN):
-                raise CheckpointError(f"{directory} is in use by {holder or 'a process that is just starting'}. "
-                                      "Nothing was changed; wait for it, stop it, or choose another --out",
-                                      IN_USE) from None
-            raise CheckpointError(f"{path}: this file system cannot lock ({error.strerror}); "
-                                  "use a local one") from error
-        _held.add(self.directory)
-
-    def sign(self):
-        """Leave PID, host and start time for those who are refused."""
-        text = f"PID {os.getpid()} on host {socket.gethostname()} since {_utc(time.time())}\n".encode()
-        with contextlib.suppress(OSError):   # a full disk: the lock holds all the same
-            os.ftruncate(self.file, 0)
-            os.pwrite(self.file, text, 0)
-
-    def release(self):
-        _held.discard(self.directory)
-        os.close(self.file)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The run: what a job's own script uses
+# --------------------------------------------------------------------------------------------------
+# The run: all that a job's own script needs to know
 
 class Run:
-    """A long job in the directory `out`, as a context manager that keeps the promises in this file's docstring.
+    """A long job in the directory `out`, as a context manager that keeps the promises above.
 
     total: how many units of work there are; `unit` names them in the progress.
-    every: units between checkpoints; a stretch longer than `max_minutes` is saved early, in parts.
-    settings: what decides the result, kept in run.json; once there are checkpoints, a restart with others is refused,
-    naming each that differs.
-    may_grow: the settings that may be larger than last time. first: number of the first unit (pieces only).
-    unit_bytes: what a unit takes on the disk, about; a disk too small for the rest is refused before work begins.
-    heartbeat: seconds between writes of PROGRESS.txt. stall_after: seconds without an update until STALLED (never
-    less than ten times the longest wait between two updates so far). keep: how many state checkpoints stay.
+    every: units between checkpoints; `max_minutes` after the last one, one is saved in any case.
+    suffix: of the checkpoints' names, such as .json or .tar.gz.
+    settings: what decides the result, kept in run.json; once there are checkpoints, a restart with
+    others is refused, naming each that differs. may_grow: those that may be larger than last time.
+    first: number of the first unit (pieces only). keep: how many state checkpoints stay.
+    unit_bytes: what a unit takes on the disk, about; a disk too small is refused before work begins.
+    heartbeat: seconds between writes of PROGRESS.txt. stall_after: seconds without an update until
+    STALLED (never less than ten times the longest wait between two updates so far).
 
-    A job whose state is one object uses load() and steps(); one that makes a long list of results uses pieces().
-    Errors of the user or the machine end the process with one line on stderr and the exit code of the docstring.
+    Three ways to use it:
+      1. load() and steps(): the state is one object, stored whole at each checkpoint.
+      2. pieces(): a long list of results, each stretch of it stored once.
+      3. a loop of your own: load(), begin(), then update(), due(), save(), leave_if_asked(), log(),
+         expect() where they belong. A total or settings that take time to find out are given by
+         plan() inside the with block, while PROGRESS.txt already shows the run.
+    finish() ends any of them early and complete. Errors of the user or the machine end the process
+    with one line on stderr and the exit code of the docstring above. Leaving the block before the
+    end, by break or return, saves (a step that breaks counts as done) and ends with exit code 1.
     """
 
-    def __init__(self, out, total, *, every=100, suffix=".bin", title="Job", unit="steps", settings=None, may_grow=(),
-                 first=0, unit_bytes=0, max_minutes=5, heartbeat=30, stall_after=300, keep=3):
-        if total < 1 or every < 1 or keep < 1 or max_minutes <= 0 or heartbeat <= 0:
+    def __init__(self, out, total=None, *, every=100, suffix=".bin", title="Job", unit="steps",
+                 settings=None, may_grow=(), first=0, unit_bytes=0, max_minutes=5, heartbeat=30,
+                 stall_after=300, keep=3):
+        if min(1 if total is None else total, every, keep) < 1 or min(max_minutes, heartbeat) <= 0:
             raise ValueError("total, every, keep, max_minutes and heartbeat must be positive")
-        self.out, self.total, self.every, self.suffix = Path(out), int(total), int(every), suffix
-        self.title, self.unit, self.settings, self.may_grow = title, unit, dict(settings or {}), may_grow
-        self.first, self.unit_bytes, self.max_seconds, self.keep = first, unit_bytes, max_minutes * 60, keep
-        self.heartbeat, self.stall_after = heartbeat, stall_after
-        self.done = self.durable = 0        # units worked on; units that survive a kill
-        self.stopping = None                # the signal that asked us to stop
-        self.seconds_left = None            # a stage that knows better than the rate sets it, for the ETA
-        self._newest = None                 # name of the newest checkpoint
-        self._fields = {}                   # a stage's own lines of PROGRESS.txt
-        self._began = self._elapsed_before = 0
-        self._longest = self._done_at_start = 0
-        self._moved = time.monotonic()
-        self._thread = None
-        self._bar = self._warned = self._stalled = False
-        self._io = threading.RLock()
-        self._wake = threading.Event()
-        self._handlers = {}
+        self.out, self.every, self.first, self.keep = Path(out), int(every), first, keep
+        self.settings, self.may_grow, self.unit_bytes = dict(settings or {}), may_grow, unit_bytes
+        self.max_seconds = max_minutes * 60
+        self.store = Store(self.out, suffix)
+        self.progress = Progress(self.out, total, title, unit, heartbeat, stall_after)
+        self._lock = None           # held from __enter__ to __exit__
+        self._process = None        # the one that entered; a forked child of it has no say
+        self._begun = False         # from begin() on, files change
+        self._finishing = False     # finish() was called
+        self._open_step = None      # (number, write) of the step that the loop's body is in
+        self._saved_at = time.monotonic()
 
-    # -- entering and leaving
+    total = property(lambda self: self.progress.total)
+    done = property(lambda self: self.progress.done, doc="units worked on, by this start or before")
+    durable = property(lambda self: self.progress.durable, doc="units that survive a kill")
+    stopping = property(lambda self: _stop.number, doc="the signal that asked us to stop, or None")
 
-    def __enter__(self):
-        with one_line_errors():
-            try:
-                self.out.mkdir(parents=True, exist_ok=True)
-            except OSError as error:
-                wrong = WRONG_SETTINGS if isinstance(error, (FileExistsError, NotADirectoryError)) else FAILED
-                raise CheckpointError(f"{self.out}: cannot make this directory ({error.strerror}); "
-                                      "choose another --out", wrong) from error
-            self._lock = DirectoryLock(self.out)
-            try:
-                sweep(self.out)
-                self._compare_settings()
-                self.records = read_records(self.out)
-                self._elapsed_before = self._elapsed_until_now()
-            except BaseException:
-                self._lock.release()
-                raise
-        return self
-
-    def __exit__(self, kind, error, trace):
-        try:
-            status, line = self._verdict(kind, error)
-            if self._thread or status != "COMPLETE":
-                self._end(status, line)
-            elif not self._says_complete():   # killed between the last checkpoint and the last word
-                self.begin()
-                self._end(status, line)
-        finally:
-            self._lock.release()
-        if status == "COMPLETE":
-            self.log(f"complete: {self.out} has all {self.total} {self.unit}")
-        elif status == "INTERRUPTED":
-            name = signal.Signals(self.stopping).name if self.stopping else "the program itself"
-            self.log(f"stopped by {name}: {self.durable}/{self.total} {self.unit} are saved; "
-                      "run the same command again to go on")
-        if isinstance(error, CheckpointError):
-            with one_line_errors():
-                raise error
-
-    def _verdict(self, kind, error):
-        if kind is None or (kind is SystemExit and error.code in (None, 0)):
-            return ("COMPLETE" if self.durable >= self.total else "INTERRUPTED"), None
-        if kind is KeyboardInterrupt or (kind is SystemExit and self.stopping):
-            return "INTERRUPTED", None
-        return "FAILED", str(error) if kind is CheckpointError else f"{kind.__name__}: {error}"
-
-    def begin(self):
-        """There is work to do: from here on files change. steps() and pieces() call it."""
-        if self._thread:
-            return
-        wanted, free = int((self.total - self.durable) * self.unit_bytes), free_bytes(self.out)
-        if 0 <= free < wanted:
-            raise CheckpointError(f"{self.out}: this run needs about {wanted:,} bytes more, {free:,} are free. "
-                                  "Make room or choose another --out, then run the same command again")
-        self._lock.sign()
-        self._forget_what_is_gone()
-        self._began = self._moved = time.monotonic()
-        self._done_at_start = self.done
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-                if signal.getsignal(number) is not signal.SIG_IGN:   # nohup ignores SIGHUP: leave it so
-                    self._handlers[number] = signal.signal(number, self._ask_to_stop)
-        if hasattr(sys.stdout, "reconfigure"):
-            sys.stdout.reconfigure(line_buffering=True)   # a log is readable as it grows
-        self._bar = sys.stdout is not None and sys.stdout.isatty()
-        self._reserve(True)
-        self._write_progress("RUNNING")
-        self._thread = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
-        self._thread.start()
-
-    def _end(self, status, error):
-        if self._thread:
-            self._wake.set()
-            self._thread.join(timeout=10)   # a heartbeat stuck in a dead file system must not hold us for ever
-        self._reserve(False)
-        self._write_progress(status, error)
-        for number, handler in self._handlers.items():
-            signal.signal(number, handler or signal.SIG_DFL)
-
-    def _reserve(self, hold):
-        """A few blocks kept back, so that a full disk still takes the PROGRESS.txt that says so."""
-        with contextlib.suppress(OSError):
-            if hold:
-                (self.out / ".reserve").write_bytes(bytes(16384))
-            else:
-                (self.out / ".reserve").unlink()
-
-    def _ask_to_stop(self, number, frame):
-        # Only a flag: saving inside a signal handler deadlocks. A second signal changes nothing, since `timeout` and
-        # batch systems send two; kill -9 is always safe for those in a hurry.
-        self.stopping = self.stopping or number
-
-    def stop_if_asked(self):
-        """Leave with exit code 128 + signal if a signal came. Call it where all that was done is saved."""
-        if self.stopping:
-            raise SystemExit(128 + self.stopping)
-
-    # -- settings
-
-    def _compare_settings(self):
-        path = self.out / "run.json"
-        asked = json.loads(json.dumps(self.settings))
-        try:
-            kept = json.loads(path.read_bytes())
-            before, self.id = dict(kept["settings"]), str(kept["run"])
-        except FileNotFoundError:
-            if find_checkpoints(self.out):
-                raise CheckpointError(f"{path} is missing, so the settings of the checkpoints beside it are unknown. "
-                                      "Nothing was changed; bring it back or choose another --out") from None
-            before, self.id = None, os.urandom(3).hex()
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise CheckpointError(f"{path} cannot be read ({error}). Nothing was changed; bring back a good copy or "
-                                  "choose another --out") from error
-        if before is not None and find_checkpoints(self.out):   # before the first checkpoint nothing binds
-            differ = []
-            for key in sorted(before.keys() | asked.keys()):
-                old, new = before.get(key, "absent"), asked.get(key, "absent")
-                if key in self.may_grow and isinstance(old, int) and isinstance(new, int):
-                    if new < old:
-                        differ.append(f"{key} was {old}, asked {new} (it may only grow)")
-                elif old != new:
-                    differ.append(f"{key} was {json.dumps(old)}, asked {json.dumps(new)}")
-            if differ:
-                raise CheckpointError(f"{path}: this run was started with other settings: {'; '.join(differ)}. Nothing "
-                                      "was changed; ask for the old settings or choose another --out", WRONG_SETTINGS)
-        if before != asked:
-            write_atomic(path, json.dumps({"run": self.id, "settings": asked}, indent=1) + "\n")
-
-    # -- a job whose state is one object
+    # -- 1. the state is one object
 
     def load(self, read, default=None):
-        """read(open binary file) of the newest checkpoint that verifies; `default` if there is none yet."""
-        found = [(n, p) for n, p in find_checkpoints(self.out) if p.suffix == self.suffix]
-        bad = []
-        for number, path in reversed(found):
-            problem = problem_with(path, self.records.get(path.name))
-            if problem:
-                bad.append((path, problem))
-                continue
-            for path_problem in bad:
-                set_aside(*path_problem)
-            self.done = self.durable = number
-            self._newest = path.name
-            try:
-                with open(path, "rb") as file:
-                    return read(file)
-            except Exception as error:
-                raise CheckpointError(f"{path} is whole but cannot be loaded: {type(error).__name__}: {error}. "
-                                      "Nothing was changed") from error
-        if bad:
-            self._refuse_all_bad(bad)
-        if self.records:
-            _warn(f"{self.out}: checkpoints were recorded here but none is left; the work starts over")
-        return default
+        """read(open binary file) of the newest checkpoint that verifies; `default` if there is none.
 
-    def _refuse_all_bad(self, bad):
-        names = "; ".join(f"{path.name}: {problem}" for path, problem in bad)
-        raise CheckpointError(f"{self.out}: no checkpoint is good ({names}). Nothing was changed; bring back a good "
-                              "copy, or move the bad ones away to start over")
+        If all is complete already, steps() yields nothing: what the loop's body would have set is
+        not set, only what `read` returned.
+        """
+        good = self.store.good(newest_only=True, length=lambda path: 0)
+        if not good:
+            if self.store.records and list(self.store.records.values())[:-1]:
+                _warn(f"{self.out}: checkpoints were recorded here but none is left; the work starts "
+                      "over")
+            return default
+        number, _, path = good[0]
+        self._found(number, path)
+        try:
+            with open(path, "rb") as file:
+                return read(file)
+        except Exception as error:
+            raise CheckpointError(f"{path} is whole but cannot be loaded: {type(error).__name__}: "
+                                  f"{error}. Nothing was changed") from error
 
     def steps(self, write):
-        """Numbers of the steps still to do; write(open binary file) stores the whole state at each checkpoint."""
+        """Numbers of the steps to do; write(open binary file) stores the whole state when it is due.
+
+        With a pool: zip(run.steps(write), pool.imap(f, items[run.done:])), in this order, and
+        workers that ignore SIGINT (Pool(initializer=signal.signal, initargs=(SIGINT, SIG_IGN))).
+        """
         self.begin()
-        saved = time.monotonic()
-        for step in range(self.done, self.total):
-            self.stop_if_asked()
-            yield step
-            self.update(step + 1)
-            late = self._moved - saved > self.max_seconds
-            if (step + 1) % self.every == 0 or step + 1 == self.total or late or self.stopping:
-                self.save(step + 1, write)
-                saved = time.monotonic()
+        self._close_open_step()
+        return self._steps(write)
 
-    def save(self, number, write):
-        """Store the state after `number` units as checkpoint_<number>; then let go of the oldest beyond `keep`."""
-        self._store(self._name(number), number, number, write)
-        self.durable = number
-        self._log_checkpoint()
-        mine = [p for _, p in find_checkpoints(self.out) if p.name in self.records and p.suffix == self.suffix]
-        if len(mine) > self.keep:
-            newest = self.out / self._newest
-            problem = problem_with(newest, self.records[newest.name])
-            if not problem and zipfile.is_zipfile(newest):
-                problem = _zip_problem(newest)
-            if problem:
-                raise CheckpointError(f"{newest}: {problem} when read back; the older checkpoints are kept")
-            for path in mine[:-self.keep]:
-                with contextlib.suppress(OSError):
-                    path.unlink()
+    def _steps(self, write):
+        untried = not self.store.newest
+        while self.done < self.total and not self._finishing:
+            self.leave_if_asked()
+            self._open_step = (self.done + 1, write)
+            yield self.done
+            self._open_step = None
+            self.update(self.done + 1)
+            if self.done % self.every == 0 or self.done >= self.total or self.due():
+                self.save(self.done, write)
+            elif untried:   # what cannot be stored shows at the first step, not in an hour
+                self.store.rehearse(write)
+            untried = False
 
-    # -- a job that makes a long list of results, piece by piece
+    def _close_open_step(self):
+        """Save what a loop left by break has done; the step it stood in counts."""
+        if self._open_step:
+            (number, write), self._open_step = self._open_step, None
+            self.update(number)
+            self.save(number, write)
+
+    # -- 2. a long list of results, piece by piece
 
     def pieces(self, length=None):
-        """The pieces of the work that no good checkpoint holds yet, in order, each at most `every` long.
+        """The Pieces of the work that no good checkpoint holds yet, in order, each at most `every`.
 
-        A Piece is iterated (or its blocks() are), then saved. length(path) says how many units a checkpoint holds
-        whose record was lost; without it such a file is set aside.
+        A Piece is iterated (or its blocks() are), then saved. length(path) says how many units a
+        checkpoint holds whose record was lost; without it such a file is set aside.
         """
         todo = self._uncovered(length)
         if todo:
             self.begin()
+        return self._pieces(todo)
+
+    def _pieces(self, todo):
         for start, stop in todo:
-            while start < stop:
-                self.stop_if_asked()
+            while start < stop and not self._finishing:
+                self.leave_if_asked()
                 piece = Piece(self, start, stop)
                 yield piece
                 if piece.saved != piece.done:
-                    raise RuntimeError(f"piece {start} to {piece.done} was worked on but not saved: call piece.save")
+                    raise RuntimeError(f"piece {start} to {piece.done - 1} was worked on but not "
+                                       "saved: call piece.save")
+                if piece.done == start:
+                    raise RuntimeError(f"piece {start} to {stop - 1} was not worked on: iterate over "
+                                       "it, or over its blocks()")
                 start = piece.done
-        self.stop_if_asked()
+        self.leave_if_asked()
 
     def _uncovered(self, length):
+        """[(start, stop)] that no good checkpoint holds, cut at the multiples of `every`."""
+        good = self.store.good(length=length)
+        self.store.warn_of_what_is_gone({path.name for _, _, path in good})
         begin, end = self.first, self.first + self.total
-        good, bad = [], []
-        for number, path in find_checkpoints(self.out):
-            record = self.records.get(path.name)
-            problem = problem_with(path, record)
-            if not problem and record is None:
-                try:
-                    problem = None if length else f"its record in {RECORDS} is lost"
-                    stop = number + length(path) if length else None
-                except Exception as error:
-                    problem = f"cannot be read ({error})"
-            elif not problem:
-                stop = record["stop"]
-            if problem:
-                bad.append((path, problem))
-            else:
-                good.append((number, stop, path))
-        if bad and not good:
-            self._refuse_all_bad(bad)
-        for path_problem in bad:
-            set_aside(*path_problem)
-        there = {path.name for _, _, path in good} | {path.name for path, _ in bad}
-        for name in [name for name in self.records if name not in there and name != list(self.records)[-1]]:
-            # (A kill between the newest record and its file's rename leaves a record without a file: no loss.)
-            _warn(f"{self.out / name} is gone; the work it held is done again")
-
-        gaps, at = [], begin
+        at, gaps = begin, []
         for start, stop, path in good:
             if start < at or stop > end:
-                raise CheckpointError(f"{path}: holds {start} to {stop - 1}, which overlaps its neighbour or lies "
-                                      f"outside {begin} to {end - 1}. Nothing was changed; is it from another run?")
+                raise CheckpointError(
+                    f"{path}: holds {start} to {stop - 1}, which overlaps its neighbour or lies outside "
+                    f"{begin} to {end - 1}. Nothing was changed; is it from another run?")
             gaps.append((at, start))
             at = stop
-        gaps.append((at, end))
-        self.done = self.durable = sum(stop - start for start, stop, _ in good)
-        if good:
-            self._newest = good[-1][2].name
-        pieces = []
-        for at, stop in gaps:
-            while at < stop:   # cut where an undisturbed run would: at the multiples of `every`
-                cut = min(stop, at - at % self.every + self.every)
-                pieces.append((at, cut))
-                at = cut
-        return pieces
+        held = sum(stop - start for start, stop, _ in good)
+        self._found(held, good[-1][2] if good else None)
+        if self.total > held:
+            gaps.append((at, end))
+        return [piece for gap in gaps for piece in self._cut(*gap)]
 
-    # -- storing
+    def _cut(self, at, stop):
+        """Cut a gap where an undisturbed run would, so that its files get the same names."""
+        while at < stop:
+            cut = min(stop, at - at % self.every + self.every)
+            yield at, cut
+            at = cut
 
-    def _name(self, number):
-        return f"checkpoint_{number:05d}{self.suffix}"
+    # -- 3. a loop of your own
 
-    def _store(self, name, start, stop, content):
-        path = self.out / name
-        if path.exists():
-            raise CheckpointError(f"{path} exists already; a checkpoint is never overwritten")
-        write_atomic(path, content, before_rename=lambda temp: self._record(name, start, stop, temp))
-        self._newest = name
+    def plan(self, total=None, settings=None):
+        """Give the total and the settings when they were not known to __init__; before load()."""
+        if total is not None:
+            if total < 1:
+                raise ValueError("total must be positive")
+            self.progress.total = int(total)
+        if settings is not None:
+            self.settings = dict(settings)
+        self.progress.id = compare_settings(self.out, self.settings, self.may_grow,
+                                            bool(self.store.all_checkpoints()))
 
-    def _record(self, name, start, stop, temp):
-        record = {"name": name, "start": start, "stop": stop, "bytes": os.path.getsize(temp), "sha256": sha256(temp),
-                  "elapsed": round(self._elapsed(), 1)}
-        line = json.dumps(dict(record, seal=_seal(record))) + "\n"
-        # Appended, since rewriting all of it would cost the square of the number of checkpoints.
-        with open(self.out / RECORDS, "ab") as file:
-            file.write(line.encode())
-            file.flush()
-            os.fsync(file.fileno())
-        self.records[name] = record
-
-    def _forget_what_is_gone(self):
-        """Rewrite the records without torn lines and without files that are no longer there."""
-        self.records = {name: r for name, r in self.records.items() if (self.out / name).exists()}
-        lines = "".join(json.dumps(dict(r, seal=_seal(r))) + "\n" for r in self.records.values())
-        path = self.out / RECORDS
-        if not path.exists() or path.read_text(errors="replace") != lines:
-            write_atomic(path, lines)
-
-    # -- progress
+    def begin(self):
+        """There is work to do: from here on files change. steps() and pieces() call it."""
+        if self._begun:
+            return
+        self._must_be_ours()
+        wanted, free = int((self.total - self.durable) * self.unit_bytes), free_bytes(self.out)
+        if 0 <= free < wanted:
+            raise CheckpointError(f"{self.out}: this run needs about {wanted:,} bytes more, {free:,} "
+                                  "are free. Make room, then run the same command again")
+        self.store.forget_what_is_gone()
+        _stop.watch()
+        self._begun = True
+        self._saved_at = time.monotonic()
+        self.progress.begin()
 
     def update(self, done, **fields):
-        """The work has moved: `done` units so far. No I/O, about a third of a microsecond; call it for every unit.
+        """The work has moved: `done` units so far. No I/O, a fraction of a microsecond: call it often.
 
         fields become lines of their own in PROGRESS.txt: update(7, Epoch="3/10").
         """
-        now = time.monotonic()
-        if now - self._moved > self._longest:
-            self._longest = now - self._moved
-        self._moved = now
-        self.done = done
-        if fields:
-            self._fields = {**self._fields, **fields}   # a new dict: the heartbeat may be reading the old one
+        progress, now = self.progress, time.monotonic()
+        if now - progress.moved > progress.longest_wait:
+            progress.longest_wait = now - progress.moved
+        progress.moved = now
+        progress.done = done
+        if fields:   # a new dict: the heartbeat may be reading the old one
+            progress.fields = {**progress.fields, **fields}
 
-    def _elapsed(self):
-        return self._elapsed_before + (time.monotonic() - self._began if self._began else 0)
+    def due(self):
+        """Is it time to save? max_minutes after the last checkpoint, or when asked to stop or finish."""
+        late = time.monotonic() - self._saved_at > self.max_seconds
+        return late or self._finishing or _stop.number is not None
 
-    def _elapsed_until_now(self):
-        """Seconds worked by earlier starts: the last word of PROGRESS.txt, or of the newest record if it is lost."""
-        before = [r.get("elapsed", 0) for r in self.records.values()]
-        with contextlib.suppress(ValueError):
-            before.append(int(read_progress(self.out / "PROGRESS.txt").get("Elapsed", "0 s").split()[0]))
-        return max(before, default=0)
+    def save(self, number, write):
+        """Store the state after `number` units as checkpoint_<number>, then let go of the oldest.
 
-    def _rate(self):
-        worked = time.monotonic() - self._began
-        return (self.done - self._done_at_start) / worked if worked > 0 else 0.0
+        write: str, bytes or a function of an open binary file. Raises CheckpointError if it cannot be
+        stored; what was saved before is then untouched, and saving may be tried again.
+        """
+        self._save(number, number, number, write)
+        self.store.retain(self.keep)
 
-    def _counts(self):
-        """'12000/30000 samples (40.0%)'. 100% only once the last piece is durable."""
-        if self.durable >= self.total:
-            return f"{self.total}/{self.total} {self.unit} (100%)"
-        tenths = min(999, 1000 * self.done // self.total)
-        return f"{self.done}/{self.total} {self.unit} ({tenths / 10:.1f}%)"
+    def _save(self, start, stop, durable, content):
+        self._must_be_ours()
+        self.store.add(start, stop, content, self.progress.elapsed(), complete=self._finishing)
+        self._saved_at = time.monotonic()
+        self.progress.durable = durable
+        if self._finishing:
+            self.progress.total = durable
+        self.progress.show_checkpoint(self.store.newest)
 
-    def _rate_text(self):
-        rate = self._rate()
-        return f"{rate:.1f} {self.unit}/s" if rate >= 1 or rate == 0 else f"{rate:.3g} {self.unit}/s"
+    def leave_if_asked(self):
+        """Exit with 128 + signal if a signal came and all that was done is saved.
 
-    def _eta_seconds(self):
-        if self.seconds_left is not None and self.done < self.total:
-            return max(0, self.seconds_left - (time.monotonic() - self._moved))
-        rate = self._rate()
-        return (self.total - self.done) / rate if rate > 0 else 0 if self.done >= self.total else None
+        A signal that falls between due() and this finds unsaved work: then the next due() is true.
+        """
+        if _stop.number is not None and self.done <= self.durable and not self._complete():
+            raise SystemExit(128 + _stop.number)
 
-    def _progress_text(self, status, error):
-        wall, now = time.time(), time.monotonic()
-        eta = None if status in ("INTERRUPTED", "FAILED") else self._eta_seconds()
-        lines = [("Status", status)] + ([("Error", error)] if error else []) + [
-            ("Progress", self._counts()),
-            ("Checkpoint", f"{self.durable} ({self._newest})" if self._newest else "none"),
-            ("Elapsed", f"{int(self._elapsed())} s"),
-            ("Rate", self._rate_text()),
-            ("ETA", "unknown" if eta is None else f"{eta:.0f} s ({_utc(wall + eta)})"),
-            *self._fields.items(),
-            ("Last update", _utc(wall)),
-            ("Heartbeat", int(wall)),
-            ("Advanced", int(wall - (now - self._moved))),   # on the steady clock: a clock jump cannot make it later
-            ("Interval", f"{self.heartbeat:g} s"),
-            ("Run", self.id), ("PID", os.getpid()), ("Host", socket.gethostname())]
-        return self.title + "\n" + "".join(f"{_one_line(k)}: {_one_line(v)}\n" for k, v in lines)
+    def finish(self):
+        """The work is complete before its total, as when a search has found its answer."""
+        self._finishing = True
 
-    def _write_progress(self, status, error=None):
-        with self._io:
-            try:
-                write_atomic(self.out / "PROGRESS.txt", self._progress_text(status, error), durable=False)
-            except CheckpointError as trouble:
-                if not self._warned:
-                    self._warned = True
-                    _warn(f"{trouble} (the work goes on; this is said once)")
-
-    def _beat(self):
-        """The heartbeat's thread: PROGRESS.txt every `heartbeat` seconds, and a live bar on a terminal."""
-        written = time.monotonic()
-        while not self._wake.wait(min(0.2, self.heartbeat) if self._bar else self.heartbeat):
-            if self._bar:
-                self._draw_bar()
-            now = time.monotonic()
-            if not self._bar or now - written >= self.heartbeat:
-                stalled = now - self._moved > max(self.stall_after, 10 * self._longest)
-                if stalled and not self._stalled:
-                    _warn(f"{self.out}: no progress for {now - self._moved:.0f} s")
-                self._stalled = stalled
-                self._write_progress("STALLED" if stalled else "RUNNING")
-                written = now
-
-    def _log_checkpoint(self):
-        with self._io:
-            self._write_progress("RUNNING")
-            if self._bar:
-                self._draw_bar()
-            else:
-                self.log(f"{self._newest}  {self._summary()}")
-
-    def _summary(self):
-        eta = self._eta_seconds()
-        return f"{self._counts()}  {self._rate_text()}  ETA {'unknown' if eta is None else duration(eta)}"
-
-    def _draw_bar(self):
-        columns, summary = shutil.get_terminal_size().columns, self._summary()
-        width = max(0, min(30, columns - len(summary) - 5))
-        filled = width * self.done // self.total
-        with self._io, contextlib.suppress(OSError, ValueError):
-            sys.stdout.write(f"\r[{'#' * filled}{'-' * (width - filled)}] {summary}"[:columns] + "\033[K")
-            sys.stdout.flush()
+    def expect(self, seconds):
+        """Say how long the rest will take, for the ETA, where the rate of the units so far misleads."""
+        self.progress.expected = (seconds, time.monotonic())
 
     def log(self, line):
-        """A line on stdout, out of the live bar's way."""
-        with contextlib.suppress(OSError, ValueError):   # a closed log must not end the work
-            print(("\r\033[K" if self._bar else "") + line, flush=True)
+        """A line on stdout, out of the live bar's way; dropped if nobody reads, never waited for."""
+        self.progress.log(line)
 
-    def _says_complete(self):
-        progress = read_progress(self.out / "PROGRESS.txt")
-        return progress.get("Status") == "COMPLETE" and progress.get("Progress") == self._counts()
+    # -- entering and leaving
+
+    def __enter__(self):
+        if self._process:
+            raise RuntimeError("this Run was entered before; make a new one")
+        with one_line_errors():
+            try:
+                self.out.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                bad_name = (errno.EEXIST, errno.ENOTDIR, errno.ENAMETOOLONG)
+                raise CheckpointError(f"{self.out}: cannot make this directory ({error.strerror})",
+                                      WRONG_SETTINGS if error.errno in bad_name else FAILED) from None
+            self._lock = DirectoryLock(self.out)
+            try:
+                self.store.open()
+                self.progress.remember(self.store.records)
+                if self.total is not None:
+                    self.plan()
+                else:
+                    self.progress.announce()
+            except BaseException:
+                self._lock.release()
+                raise
+        self._process = os.getpid()
+        return self
+
+    def __exit__(self, kind, error, trace):
+        if os.getpid() != self._process:
+            return   # a forked child leaves its copy of the block: the run is its parent's
+        status, line, code = None, None, None
+        try:
+            try:
+                if kind is None and self._begun:
+                    self._end_early()
+            except CheckpointError as trouble:
+                kind, error = CheckpointError, trouble
+            status, line, code = self._verdict(kind, error)
+            if status == "COMPLETE" and not self._begun and not self.progress.says_complete():
+                self.begin()   # killed between the last checkpoint and the last word
+            if self._begun or (status == "FAILED" and code != WRONG_SETTINGS):
+                self.progress.end(status, line)
+            else:
+                self.progress.take_back()
+        finally:
+            self._lock.release()
+            if self._begun:
+                _stop.unwatch(forget=status != "COMPLETE")
+        self._say_the_end(status, kind, error)
+        if kind is CheckpointError:
+            _complain(error)
+        if code is not None:
+            raise SystemExit(code) from None
+
+    def _end_early(self):
+        """The block was left without an error: save what break has cut short, and seal finish()."""
+        self._close_open_step()
+        if self._finishing and not self._complete():
+            self.store.mark_complete(self.done)
+            self.progress.total = self.progress.durable
+
+    def _complete(self):
+        return self.total is not None and self.durable >= self.total
+
+    def _verdict(self, kind, error):
+        """(status for PROGRESS.txt or None, line for it, exit code or None: whatever comes by itself)"""
+        leaving = kind is None or (kind is SystemExit and error.code in (None, 0))
+        if leaving and (self._complete() or not self._begun):
+            return ("COMPLETE" if self._complete() else None), None, None
+        if leaving:
+            return "INTERRUPTED", None, FAILED
+        if kind is KeyboardInterrupt:
+            return "INTERRUPTED", None, 128 + signal.SIGINT
+        if kind is SystemExit and error.code in (129, 130, 143):
+            return "INTERRUPTED", None, None
+        if kind is CheckpointError:
+            return "FAILED", str(error), error.exit_code
+        return "FAILED", f"{kind.__name__}: {error}", None
+
+    def _say_the_end(self, status, kind, error):
+        if status is None or not self._begun and status != "COMPLETE":
+            return
+        saved = f"{self.durable}/{self.total} {self.progress.unit} are saved"
+        if status == "COMPLETE":
+            self.log(f"complete: {self.out} has all {self.total} {self.progress.unit}")
+        elif status == "INTERRUPTED":
+            by = signal.Signals(_stop.last).name if _stop.last else "the program itself"
+            self.log(f"stopped by {by}: {saved}; run the same command again to go on")
+        elif kind is not CheckpointError:
+            again = f", {self.done - self.durable} are done again" if self.done > self.durable else ""
+            _warn(f"{self.out}: failed with {kind.__name__}: {saved}{again} when the same command is "
+                  "run again")
+
+    def _found(self, done, path):
+        """Where the work stands, from the checkpoints on the disk."""
+        record = self.store.records.get(path.name) if path else None
+        if record and record.get("complete"):
+            self.progress.total = done
+        if done > self.total:
+            raise CheckpointError(f"{path}: {done} {self.progress.unit} are done here already, more than "
+                                  f"the {self.total} asked for. Nothing was changed; ask for at least "
+                                  f"{done}", WRONG_SETTINGS)
+        self.progress.done = self.progress.durable = done
+        self.store.newest = self.progress.newest = path.name if path else None
+
+    def _must_be_ours(self):
+        if self._process not in (None, os.getpid()):
+            raise CheckpointError(f"{self.out}: a forked child cannot save; only process "
+                                  f"{self._process}, which entered the run, can")
 
 
 class Piece:
-    """One stretch of the work, start to stop - 1. Iterating it counts progress, and ends early when it is due."""
+    """One stretch of the work, start to stop - 1. Iterating counts progress, and ends when it is due."""
 
     def __init__(self, run, start, stop):
         self.run, self.start, self.stop = run, start, stop
         self.done = self.saved = start   # how far the work got, how far it is saved
         self._base = run.done - start    # progress counts work, not places: there may be gaps
-        self._began = time.monotonic()
 
     def __iter__(self):
         """Unit by unit."""
@@ -820,22 +427,875 @@ class Piece:
 
     def blocks(self, size):
         """(first, last + 1) of stretches of at most `size` units."""
-        while self.done < self.stop and not self.run.stopping:
+        while self.done < self.stop and not (self.done > self.start and self.run.due()):
             last = min(self.done + size, self.stop)
             yield self.done, last
             self.done = last
             self.run.update(self._base + last)
-            if time.monotonic() - self._began > self.run.max_seconds:
-                break
 
     def save(self, content):
-        """Store what was done so far as a checkpoint: str, bytes or a function that writes to the open file."""
+        """Store what was done so far as a checkpoint: str, bytes or a function of an open file."""
         if self.done > self.start:
-            run = self.run
-            run._store(run._name(self.start), self.start, self.done, content)
-            run.durable += self.done - self.start
-            run._log_checkpoint()
+            durable = self.run.durable + self.done - self.start
+            self.run._save(self.start, self.done, durable, content)
         self.saved = self.done
+
+
+def map(function, items, out, *, every=1000, **options):
+    """[function(item) for item in items], in order, each result kept in the directory `out`.
+
+    A checkpoint holds up to `every` results as lines {"item", "value"} of JSON, so values are what
+    JSON gives back (a tuple becomes a list), also at the first run. Items that are not JSON are not
+    compared at a restart; others must be the same, and more may be added at the end. options: those
+    of Run. An item that fails is named on stderr, and its exception goes on; what was done is saved.
+    """
+    items, lines = list(items), []
+    if not items:
+        return []
+    name = getattr(function, "__qualname__", type(function).__name__)
+    with Run(out, len(items), every=every, suffix=".jsonl", unit=options.pop("unit", "items"),
+             settings={"function": name, "items": len(items), **options.pop("settings", {})},
+             may_grow=("items",), **options) as run:
+        todo = run.pieces()
+        _kept_values(run.store, items)
+        for piece in todo:
+            lines.clear()
+            try:
+                for i in piece:
+                    line = {"item": _as_json(items[i]), "value": function(items[i])}
+                    lines.append(json.dumps(line) + "\n")
+            except Exception:
+                piece.save("".join(lines))
+                _warn(f"{out}: item {i} ({_one_line(repr(items[i]))[:80]}) failed")
+                raise
+            piece.save("".join(lines))
+        return _kept_values(run.store, items)
+
+
+def _kept_values(store, items):
+    values = []
+    for number, path in store.found():
+        for i, line in enumerate(path.read_bytes().splitlines(), number):
+            kept = json.loads(line)
+            if i >= len(items) or kept["item"] != _as_json(items[i]):
+                raise CheckpointError(f"{path}: item {i} was {json.dumps(kept['item'])} when this was "
+                                      "made, and is another one now. Nothing was changed; bring back the "
+                                      "old items or use another directory", WRONG_SETTINGS)
+            values.append(kept["value"])
+    return values
+
+
+def _as_json(item):
+    try:
+        return json.loads(json.dumps(item))
+    except (TypeError, ValueError, RecursionError):
+        return None
+
+
+# --------------------------------------------------------------------------------------------------
+# The atomic file: each step of the protocol is a method, in their order
+
+class AtomicFile:
+    """A temp file beside `path` that becomes `path` by commit(), or nothing by roll_back()."""
+
+    TEMP_NAME = re.compile(r"\..+\.\d+-[0-9a-f]{8}\.tmp")
+
+    def __init__(self, path):
+        self.path = Path(path)
+        self.file = self.temp = None
+
+    def open(self):
+        # The lock tells a living writer's file from a dead one's (see sweep), also where PIDs are
+        # reused. A sweeper may remove the file between open and lock: then another one is made.
+        while True:
+            name = f".{self.path.name[:200]}.{os.getpid()}-{os.urandom(4).hex()}.tmp"
+            temp = str(self.path.parent / name)
+            flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+            self.file, self.temp = open(os.open(temp, flags, 0o666), "w+b"), temp
+            with contextlib.suppress(OSError):   # no flock here: the sweeper cannot take it either
+                fcntl.flock(self.file, fcntl.LOCK_EX)
+            if os.fstat(self.file.fileno()).st_nlink:
+                return self.file
+            self.file.close()
+
+    def sync(self, flush_drive=True):
+        self.file.flush()
+        if flush_drive and hasattr(fcntl, "F_FULLFSYNC"):   # macOS: fsync leaves bytes in the drive
+            try:
+                fcntl.fcntl(self.file.fileno(), fcntl.F_FULLFSYNC)
+                return
+            except OSError:
+                pass   # not on this file system
+        # Never tried twice: after a failed fsync Linux forgets the lost pages, and a second call
+        # would report success.
+        os.fsync(self.file.fileno())
+
+    def commit(self, durable=True):
+        os.replace(self.temp, self.path)
+        if durable:
+            sync_directory(self.path.parent)
+
+    def roll_back(self):
+        self.close()
+        if self.temp:
+            with contextlib.suppress(OSError):
+                os.unlink(self.temp)
+
+    def close(self):
+        if self.file:
+            with contextlib.suppress(OSError):   # what failed to be written was reported already
+                self.file.close()
+
+
+def write_atomic(path, content, before_commit=None, durable=True):
+    """Write `content` to `path` so that the name holds the old file or the whole new one, whatever
+    happens.
+
+    content: str, bytes, or a function that writes to the open binary file it is given. The file gets
+    the umask's mode. before_commit(temp_path) runs once the bytes are on the disk and before they have
+    their name. durable=False leaves out the slow half (the drive's own cache on a Mac, the directory):
+    a reader still sees one whole version, but after a power cut it may be the one before.
+    Raises CheckpointError when the bytes cannot be stored; `path` is then as it was.
+    """
+    atomic, wanted = AtomicFile(path), "some"
+    try:
+        atomic.open()
+        try:
+            wanted = _fill(atomic.file, content)
+            atomic.sync(durable)
+        except OSError:
+            with contextlib.suppress(Exception):   # a function's size: it got at least this far
+                wanted = f"at least {atomic.file.tell():,}" if callable(content) else _size(content)
+            raise
+        if before_commit:
+            before_commit(atomic.temp)
+        atomic.commit(durable)
+    except OSError as error:
+        atomic.roll_back()   # first, so that the space it took counts as free
+        raise CheckpointError(_explain(error, Path(path), wanted)) from error
+    except BaseException as error:
+        cause = _os_error_behind(error)
+        if cause:   # torch and zipfile bury a full disk under errors of their own
+            with contextlib.suppress(Exception):
+                wanted = f"at least {atomic.file.tell():,}"
+        atomic.roll_back()
+        if cause:
+            raise CheckpointError(_explain(cause, Path(path), wanted)) from error
+        raise
+    finally:
+        atomic.close()
+
+
+def _fill(file, content):
+    if callable(content):
+        content(file)
+        return "some"
+    file.write(content.encode() if isinstance(content, str) else content)
+    return _size(content)
+
+
+def _size(content):
+    return f"{len(content.encode() if isinstance(content, str) else content):,}"
+
+
+def _os_error_behind(error):
+    """The full disk that a writer's own exception hides, if it does."""
+    seen = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        if isinstance(error, OSError) and error.errno in DISK_FULL:
+            return error
+        error = error.__cause__ or error.__context__
+    return None
+
+
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def _explain(error, path, wanted):
+    reason = error.strerror or str(error)
+    if error.errno in DISK_FULL:
+        return (f"{path}: not saved, {reason}: wanted {wanted} bytes, {free_bytes(path.parent):,} free. "
+                "All earlier files are intact. Make room and run the same command again: it goes on "
+                "from there")
+    return (f"{path}: cannot write ({reason}). All earlier files are intact. Mend that and run the same "
+            "command again")
+
+
+def sync_directory(directory):
+    """A new name survives a power cut once its directory is synced."""
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def free_bytes(directory):
+    """Bytes an ordinary user may still write to this file system; -1 if that cannot be told."""
+    with contextlib.suppress(OSError):
+        return shutil.disk_usage(directory).free
+    return -1
+
+
+def sweep(directory):
+    """Remove the temp files of dead writers; those of living ones are locked and left alone."""
+    for name in os.listdir(directory):
+        if AtomicFile.TEMP_NAME.fullmatch(name):
+            path = Path(directory) / name
+            with contextlib.suppress(OSError), open_regular(path) as file:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                os.unlink(path)
+
+
+def open_regular(path):
+    """Open for reading, never waiting: a pipe in the place of a file is an OSError."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, "not a regular file", str(path))
+    return open(descriptor, "rb")
+
+
+# --------------------------------------------------------------------------------------------------
+# Is a file the one that was written? A checkpoint has a record of its SHA-256; a lasting result
+# carries its own, so that it can be checked alone, on any copy, taken at any moment.
+
+SEAL = b"sha256:"
+SEAL_LENGTH = len(SEAL) + 64
+
+
+def write_sealed(path, content, note=""):
+    """Write a lasting result that vouches for itself: a zip-based file (.npz, .pt) or a JSON object.
+
+    Its last bytes name the SHA-256 of the file, taken with those 64 digits as zeros: at the end of a
+    zip's comment, where np.load and torch.load do not look, or as the last member "seal" of the JSON
+    object. note: words to keep in a zip's comment (see note_of). content as for write_atomic.
+    """
+    def sealed(file):
+        _fill(file, content)
+        _seal(file, note)
+    write_atomic(path, sealed)
+
+
+def _seal(file, note):
+    file.flush()
+    size = file.seek(0, os.SEEK_END)
+    file.seek(max(0, size - 22))
+    tail = file.read()
+    blank = SEAL + b"0" * 64
+    if len(tail) == 22 and tail.startswith(b"PK\5\6") and tail.endswith(b"\0\0"):
+        comment = (note + " ").encode() + blank if note else blank
+        file.seek(size - 2)
+        file.write(len(comment).to_bytes(2, "little") + comment)
+        digits = size + len(comment) - 64
+    else:
+        file.seek(0)
+        text = file.read().rstrip()
+        if not text.endswith(b"}"):
+            raise ValueError("only zip-based files and JSON objects can be sealed")
+        body = text[:-1].rstrip()
+        body += b'\n "seal": "' if body.endswith(b"{") else b',\n "seal": "'
+        file.seek(0)
+        file.truncate()
+        file.write(body + blank + b'"\n}\n')
+        digits = len(body) + len(SEAL)
+    file.flush()
+    file.seek(0)
+    digest = _sha256(file)
+    file.seek(digits)
+    file.write(digest.encode())
+
+
+def note_of(path):
+    """The note in the comment of a sealed zip-based file; "" if there is none."""
+    try:
+        with open_regular(path) as file, zipfile.ZipFile(file) as archive:
+            comment = archive.comment
+    except (OSError, zipfile.BadZipFile):
+        return ""
+    return comment[:-SEAL_LENGTH].decode(errors="replace").strip() if SEAL in comment else ""
+
+
+def sha256(path):
+    """The SHA-256 of a file, in hexadecimal."""
+    with open(path, "rb") as file:
+        return _sha256(file)
+
+
+def _sha256(file):
+    digest = hashlib.sha256()
+    while block := file.read(1 << 20):
+        digest.update(block)
+    return digest.hexdigest()
+
+
+def problem_with(path, record=None):
+    """None if the file at `path` is whole, else what is wrong with it, in a few words.
+
+    Reads every byte: against its record, else against its own seal; an unsealed zip-based file is
+    checked by the CRCs of its members, and any other format cannot be vouched for.
+    Raises CheckpointError if it cannot be read: that is not damage.
+    """
+    try:
+        with open_regular(path) as file:
+            size = os.fstat(file.fileno()).st_size
+            if record:
+                if size != record["bytes"]:
+                    return f"{size:,} bytes, should be {record['bytes']:,}"
+                return None if _sha256(file) == record["sha256"] else "checksum differs"
+            if size == 0:
+                return "empty"
+            file.seek(max(0, size - 100))
+            tail = file.read()
+            if re.search(rb"sha256:|[0-9a-f]{20}", tail):   # a damaged seal is still known as one
+                return _seal_problem(file, size, tail)
+            return _zip_problem(file, size)
+    except (OSError, MemoryError) as error:
+        raise _unreadable(path, error) from error
+
+
+def _unreadable(path, error):
+    reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+    return CheckpointError(f"{path}: cannot be read ({reason}). That does not make it bad: nothing was "
+                           "changed. Mend that and run the same command again")
+
+
+def _seal_problem(file, size, tail):
+    match = list(re.finditer(rb"sha256:([0-9a-f]{64})", tail))
+    if not match:
+        return "its seal is damaged"
+    digits = size - len(tail) + match[-1].start(1)
+    file.seek(0)
+    digest = hashlib.sha256()
+    at = 0
+    while block := file.read(1 << 20):
+        for i in range(max(at, digits), min(at + len(block), digits + 64)):
+            block = block[:i - at] + b"0" + block[i - at + 1:]
+        digest.update(block)
+        at += len(block)
+    return None if digest.hexdigest().encode() == match[-1][1] else "checksum differs"
+
+
+def _zip_problem(file, size):
+    file.seek(0)
+    if file.read(2) != b"PK":
+        return "no checksum of it is recorded, and it is not a zip-based file"
+    try:
+        with zipfile.ZipFile(file) as archive:
+            bad = archive.testzip()
+            comment = len(archive.comment)
+    except (OSError, MemoryError):
+        raise
+    except Exception as error:   # zipfile raises a dozen types on damaged bytes
+        return f"damaged zip ({str(error) or type(error).__name__})"
+    file.seek(max(0, size - 22 - comment))
+    if not file.read(4) == b"PK\5\6":
+        return "damaged zip (its end is cut off)"
+    return f"member {bad} fails its CRC" if bad else None
+
+
+# --------------------------------------------------------------------------------------------------
+# The store: names, records, verification, setting aside, retention.
+# checkpoints.jsonl holds a line a checkpoint, durable before the checkpoint has its name:
+# {"name", "start", "stop", "bytes", "sha256", "elapsed", "seal"}; for a state, start = stop.
+
+RECORDS = "checkpoints.jsonl"
+CHECKPOINT_NAME = re.compile(r"checkpoint_(\d+)((?:\.[A-Za-z0-9_-]+)+)(?<!\.tmp)(?<!\.corrupt)")
+
+
+def find_checkpoints(directory):
+    """[(number, path)] of the files named checkpoint_<integer>.<ext>, ordered as numbers."""
+    found = []
+    try:
+        for entry in os.scandir(directory):
+            match = CHECKPOINT_NAME.fullmatch(entry.name)
+            if match and entry.is_file():
+                found.append((int(match[1]), Path(directory) / entry.name))
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise _unreadable(directory, error) from error
+    return sorted(found)
+
+
+def read_records(directory):
+    """{file name: record}, in the order they were written. A torn or altered line is passed over.
+
+    Raises CheckpointError if the file is there but cannot be read.
+    """
+    path, records = Path(directory) / RECORDS, {}
+    try:
+        with open_regular(path) as file:
+            lines = file.read().splitlines()
+    except FileNotFoundError:
+        return records
+    except (OSError, MemoryError) as error:
+        raise _unreadable(path, error) from error
+    for line in lines:
+        with contextlib.suppress(ValueError, TypeError, KeyError, AttributeError, RecursionError):
+            record = json.loads(line)
+            if record.pop("seal") == _crc(record):
+                records.pop(record["name"], None)
+                records[record["name"]] = record
+    return records
+
+
+def _crc(record):
+    return zlib.crc32(json.dumps(record, sort_keys=True).encode())
+
+
+def _record_line(record):
+    return json.dumps(dict(record, seal=_crc(record))) + "\n"
+
+
+class Store:
+    """The checkpoints of one directory."""
+
+    def __init__(self, out, suffix):
+        if not CHECKPOINT_NAME.fullmatch(f"checkpoint_0{suffix}"):
+            raise ValueError(f"suffix {suffix!r} is none: it must be like .json or .tar.gz, and not end "
+                             "in .tmp or .corrupt")
+        self.out, self.suffix = out, suffix
+        self.records, self.newest = {}, None
+
+    def open(self):
+        sweep(self.out)
+        self.records = read_records(self.out)
+        self.newest = None
+
+    def all_checkpoints(self):
+        return find_checkpoints(self.out)
+
+    def found(self):
+        """[(number, path)] of our suffix. Raises CheckpointError if there are only others."""
+        every = self.all_checkpoints()
+        ours = [(n, path) for n, path in every if path.name == self.name(n)
+                or CHECKPOINT_NAME.fullmatch(path.name)[2] == self.suffix]
+        if every and not ours:
+            raise CheckpointError(f"{every[-1][1]}: the checkpoints here do not end in {self.suffix}, "
+                                  "which this run asks for. Nothing was changed; ask for the old suffix "
+                                  "or use another directory", WRONG_SETTINGS)
+        return ours
+
+    def name(self, number):
+        return f"checkpoint_{number:05d}{self.suffix}"
+
+    def good(self, newest_only=False, length=None):
+        """[(start, stop, path)] of the checkpoints that verify, in order; bad ones are set aside.
+
+        length(path): units in a checkpoint without a record. If all are bad nothing is changed and
+        CheckpointError is raised.
+        """
+        good, bad = [], []
+        for number, path in reversed(self.found()):
+            stop, problem = self._examine(number, path, length)
+            if problem:
+                bad.append((path, problem))
+                continue
+            good.append((number, stop, path))
+            if newest_only:
+                break
+        if bad and not good:
+            self._refuse_all_bad(bad, newest_only)
+        for path, problem in reversed(bad):
+            self.set_aside(path, problem)
+        return good[::-1]
+
+    def _examine(self, number, path, length):
+        record = self.records.get(path.name)
+        problem = problem_with(path, record)
+        if problem or record:
+            return record and record["stop"], problem
+        if not length:
+            return None, f"its record in {RECORDS} is lost"
+        try:
+            return number + length(path), None
+        except (OSError, MemoryError) as error:
+            raise _unreadable(path, error) from error
+        except Exception as error:
+            return None, f"cannot be understood ({error})"
+
+    def _refuse_all_bad(self, bad, states):
+        names = "; ".join(f"{path.name}: {problem}" for path, problem in bad)
+        todo = "bring back a good copy"
+        lost = not any(path.name in self.records for path, _ in bad)
+        if lost and states:
+            program = os.path.relpath(__file__)
+            todo += f", or go on from the newest as it is: python {program} accept {bad[0][0]}"
+        if lost:
+            todo += f" (of {RECORDS})"
+        raise CheckpointError(f"{self.out}: no checkpoint is good ({names}). Nothing was changed; {todo}; "
+                              f"or start over: mv {self.out} {self.out}.old")
+
+    def set_aside(self, path, problem):
+        """Rename a bad file to *.corrupt, never over another one, and say so."""
+        aside, copy = path.with_name(path.name + ".corrupt"), 2
+        while os.path.lexists(aside):
+            aside, copy = path.with_name(f"{path.name}.{copy}.corrupt"), copy + 1
+        try:
+            os.rename(path, aside)
+            sync_directory(path.parent)
+        except OSError as error:
+            raise CheckpointError(f"{path} is bad ({problem}) and cannot be set aside: "
+                                  f"{error.strerror}") from error
+        _warn(f"{path}: {problem}. Set aside as {aside.name}; the work it held is done again")
+
+    def warn_of_what_is_gone(self, there):
+        # A kill between the newest record and its file's rename leaves a record without a file: no
+        # loss. Nor is one what was just set aside, which has been said.
+        for name in list(self.records)[:-1]:
+            path = self.out / name
+            if name not in there and not list(self.out.glob(f"{name}*.corrupt")):
+                _warn(f"{path} is gone; the work it held is done again")
+
+    def add(self, start, stop, content, elapsed, complete=False):
+        """Store a checkpoint: its record is durable before it has its name."""
+        path = self.out / self.name(start)
+        if os.path.lexists(path):
+            raise CheckpointError(f"{path} exists already; a checkpoint is never overwritten")
+
+        def record(temp):
+            known = {"name": path.name, "start": start, "stop": stop, "bytes": os.path.getsize(temp),
+                     "sha256": sha256(temp), "elapsed": round(elapsed, 1)}
+            self._append(dict(known, complete=True) if complete else known)
+        write_atomic(path, content, before_commit=record)
+        self.newest = path.name
+
+    def mark_complete(self, number):
+        """finish() came after the last save: say so in the newest record."""
+        if not self.newest:
+            raise CheckpointError(f"{self.out}: finished before anything was saved: save first")
+        self._append(dict(self.records[self.newest], complete=True))
+
+    def _append(self, record):
+        # Appended, since rewriting all of it would cost the square of the number of checkpoints. A
+        # line that a full disk has torn is cut off again, or the next one would be lost with it.
+        flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NONBLOCK | os.O_CLOEXEC
+        with open(os.open(self.out / RECORDS, flags, 0o666), "r+b", buffering=0) as file:
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                raise OSError(errno.EINVAL, f"{RECORDS} is not a regular file")
+            size = file.seek(0, os.SEEK_END)
+            torn = b"\n" if size and os.pread(file.fileno(), 1, size - 1) != b"\n" else b""
+            line = torn + _record_line(record).encode()
+            try:
+                if file.write(line) != len(line):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                os.fsync(file.fileno())
+            except BaseException:
+                with contextlib.suppress(OSError):
+                    os.ftruncate(file.fileno(), size)
+                raise
+        self.records.pop(record["name"], None)
+        self.records[record["name"]] = record
+
+    def forget_what_is_gone(self):
+        """Rewrite the records without torn lines and without files that are no longer there."""
+        self.records = {name: r for name, r in self.records.items() if (self.out / name).exists()}
+        lines = "".join(_record_line(record) for record in self.records.values())
+        path = self.out / RECORDS
+        try:
+            with open_regular(path) as file:
+                same = file.read() == lines.encode()
+        except FileNotFoundError:
+            same = False
+        except OSError as error:
+            raise _unreadable(path, error) from error
+        if not same:
+            write_atomic(path, lines)
+
+    def rehearse(self, write):
+        """Write the state once and throw it away."""
+        atomic = AtomicFile(self.out / self.name(0))
+        try:
+            _fill(atomic.open(), write)
+        except OSError:
+            pass   # the disk's troubles are told by the checkpoint that meets them
+        finally:
+            atomic.roll_back()
+
+    def retain(self, keep):
+        """Let go of all but the last `keep` states, once the newest reads back well."""
+        mine = [path for _, path in self.found() if path.name in self.records]
+        if len(mine) <= keep:
+            return
+        newest = self.out / self.newest
+        problem = problem_with(newest, self.records[newest.name])
+        if problem:
+            raise CheckpointError(f"{newest}: {problem} when read back; the older checkpoints are kept")
+        for path in mine[:-keep]:
+            with contextlib.suppress(OSError):
+                path.unlink()
+
+
+def compare_settings(out, settings, may_grow, bind):
+    """The run's id, kept in run.json with its settings; other ones are refused if `bind`."""
+    path = out / "run.json"
+    asked = json.loads(json.dumps(settings))
+    try:
+        with open_regular(path) as file:
+            kept = json.loads(file.read())
+        before, run_id = dict(kept["settings"]), str(kept["run"])
+    except FileNotFoundError:
+        if bind:
+            raise CheckpointError(
+                f"{path} is missing, so the settings of the checkpoints beside it are unknown. Nothing "
+                "was changed; bring it back or use another directory") from None
+        before, run_id = None, os.urandom(3).hex()
+    except (OSError, ValueError, KeyError, TypeError, RecursionError, MemoryError) as error:
+        raise CheckpointError(f"{path} cannot be read ({_one_line(error)}). Nothing was changed; bring "
+                              "back a good copy or use another directory") from error
+    if before is not None and bind:   # before the first checkpoint nothing binds
+        differ = []
+        for key in sorted(before.keys() | asked.keys()):
+            old, new = before.get(key, "absent"), asked.get(key, "absent")
+            if key in may_grow and isinstance(old, int) and isinstance(new, int):
+                if new < old:
+                    differ.append(f"{key} was {old}, asked {new} (it may only grow)")
+            elif old != new:
+                differ.append(f"{key} was {json.dumps(old)}, asked {json.dumps(new)}")
+        if differ:
+            raise CheckpointError(
+                f"{path}: this run was started with other settings: {'; '.join(differ)}. Nothing was "
+                "changed; ask for the old settings or use another directory", WRONG_SETTINGS)
+    if before != asked:
+        write_atomic(path, json.dumps({"run": run_id, "settings": asked}, indent=1) + "\n")
+    return run_id
+
+
+# --------------------------------------------------------------------------------------------------
+# The progress: its text, its heartbeat, its bar
+
+class Progress:
+    """PROGRESS.txt, written at checkpoints and by a heartbeat thread, and a live bar on a terminal."""
+
+    OURS = ("Status", "Error", "Progress", "Checkpoint", "Elapsed", "Rate", "ETA", "Last update",
+            "Heartbeat", "Advanced", "Interval", "Run", "PID", "Host")
+
+    def __init__(self, out, total, title, unit, heartbeat, stall_after):
+        self.path, self.total = out / "PROGRESS.txt", None if total is None else int(total)
+        self.title, self.unit, self.heartbeat, self.stall_after = title, unit, heartbeat, stall_after
+        self.id, self.newest, self.fields = "", None, {}
+        self.done = self.durable = self.done_at_start = 0
+        self.moved, self.longest_wait = time.monotonic(), 0.0   # since when; the longest so far
+        self.began, self.elapsed_before = None, 0
+        self.expected = None                # (seconds, when said) of expect()
+        self._old = self._thread = None     # the bytes before announce(); the heartbeat
+        self._bar = self._warned = self._stalled = False
+        self._line_buffering = None         # stdout's, to be put back
+        self._io, self._wake = threading.RLock(), threading.Event()
+
+    def remember(self, records):
+        """What earlier starts said: the time they worked, and the job's own lines."""
+        before = read_progress(self.path)
+        seconds = re.match(r"\d{1,12}", before.get("Elapsed", ""))
+        times = [record.get("elapsed", 0) for record in records.values()]
+        self.elapsed_before = max([int(seconds[0]) if seconds else 0, *times])
+        self.fields = {key: value for key, value in before.items() if key not in self.OURS}
+        self.id = before.get("Run", "")
+
+    def announce(self):
+        """Show the run before its total is known. A complete run stays complete until there is work."""
+        before = read_progress(self.path)
+        if before.get("Status") == "COMPLETE":
+            return
+        with contextlib.suppress(OSError), open_regular(self.path) as file:
+            self._old = file.read()
+        counts = re.match(r"(\d{1,15})/(\d{1,15}) ", before.get("Progress", ""))
+        if counts:
+            self.done, self.total = int(counts[1]), int(counts[2])
+        self.id = self.id or os.urandom(3).hex()
+        self._start()
+        self.done, self.total = 0, None
+
+    def take_back(self):
+        """Nothing came of the announcement: put the old file back, as far as there was one."""
+        if not self._thread:
+            return
+        self._stop_thread()
+        with contextlib.suppress(CheckpointError, OSError):
+            if self._old is not None:
+                write_atomic(self.path, self._old, durable=False)
+            else:
+                self.path.unlink()
+
+    def begin(self):
+        if hasattr(sys.stdout, "reconfigure"):   # a log is readable as it grows
+            self._line_buffering = sys.stdout, sys.stdout.line_buffering
+            sys.stdout.reconfigure(line_buffering=True)
+        self._bar = sys.stdout is not None and sys.stdout.isatty()
+        self.began = self.moved = time.monotonic()
+        self.done_at_start = self.done
+        self._reserve(True)
+        if self._thread:
+            self.write("RUNNING")
+        else:
+            self._start()
+
+    def _start(self):
+        self.write("RUNNING")
+        self._thread = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
+        try:
+            self._thread.start()
+        except RuntimeError as error:
+            self._thread = None
+            _warn(f"{self.path}: no heartbeat ({error}); it is written at checkpoints only")
+
+    def _stop_thread(self):
+        self._wake.set()
+        if self._thread:
+            self._thread.join(timeout=3)   # one stuck in a dead file system must not hold us for ever
+            self._thread = None
+
+    def end(self, status, error):
+        self._stop_thread()
+        self._reserve(False)
+        # In a thread of its own, for the same reason. Without one to be had, here.
+        last = threading.Thread(target=self.write, args=(status, error), daemon=True)
+        try:
+            last.start()
+        except RuntimeError:
+            self.write(status, error)
+        else:
+            last.join(timeout=10)
+        if self._line_buffering:
+            with contextlib.suppress(OSError, ValueError):
+                self._line_buffering[0].reconfigure(line_buffering=self._line_buffering[1])
+
+    def _reserve(self, hold):
+        """A few blocks kept back, so that a full disk still takes the PROGRESS.txt that says so."""
+        path = self.path.with_name(".reserve")
+        with contextlib.suppress(OSError):
+            if not hold:
+                path.unlink()
+                return
+            flags = os.O_WRONLY | os.O_CREAT | os.O_NONBLOCK | os.O_CLOEXEC
+            with open(os.open(path, flags, 0o666), "wb") as file:
+                if stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                    file.write(bytes(16384))
+
+    # -- what it says
+
+    def elapsed(self):
+        """Seconds worked, over all starts."""
+        return self.elapsed_before + (time.monotonic() - self.began if self.began else 0)
+
+    def rate(self):
+        worked = time.monotonic() - self.began if self.began else 0
+        return (self.done - self.done_at_start) / worked if worked > 0 else 0.0
+
+    def counts(self):
+        """'12000/30000 samples (40.0%)'. 100% only once the last piece is durable."""
+        total = self.total or 0
+        if total and self.durable >= total:
+            return f"{total}/{total} {self.unit} (100%)"
+        tenths = min(999, 1000 * self.done // total) if total else 0
+        return f"{self.done}/{total} {self.unit} ({tenths / 10:.1f}%)"
+
+    def rate_text(self):
+        rate = self.rate()
+        shown = f"{rate:.1f}" if rate >= 1 or rate == 0 else f"{rate:.3g}"
+        return f"{shown} {self.unit}/s"
+
+    def eta(self):
+        """Seconds left, or None."""
+        total = self.total or 0
+        if self.expected and self.done < total:
+            return max(0, self.expected[0] - (time.monotonic() - self.expected[1]))
+        rate = self.rate()
+        if rate > 0:
+            return (total - self.done) / rate
+        return 0 if total and self.done >= total else None
+
+    def text(self, status, error):
+        wall, now = time.time(), time.monotonic()
+        eta = None if status in ("INTERRUPTED", "FAILED") else self.eta()
+        when = None if eta is None else _utc(wall + eta)
+        lines = [("Status", status)] + ([("Error", error)] if error else []) + [
+            ("Progress", self.counts()),
+            ("Checkpoint", f"{self.durable} ({self.newest})" if self.newest else "none"),
+            ("Elapsed", f"{int(self.elapsed())} s"),
+            ("Rate", self.rate_text()),
+            ("ETA", f"{eta:.0f} s ({when})" if when else "unknown"),
+            *self.fields.items(),
+            ("Last update", _utc(wall)),
+            ("Heartbeat", int(wall)),
+            # on the steady clock: a jump of the wall clock cannot make it later
+            ("Advanced", int(wall - (now - self.moved))),
+            ("Interval", f"{self.heartbeat:g} s"),
+            ("Run", self.id), ("PID", os.getpid()), ("Host", socket.gethostname())]
+        return self.title + "\n" + "".join(f"{_one_line(k)}: {_one_line(v)}\n" for k, v in lines)
+
+    def says_complete(self):
+        before = read_progress(self.path)
+        return before.get("Status") == "COMPLETE" and before.get("Progress") == self.counts()
+
+    # -- writing it
+
+    def write(self, status, error=None):
+        if not self._io.acquire(timeout=5):   # a write before this one hangs in a dead file system
+            return
+        try:
+            write_atomic(self.path, self.text(status, error), durable=False)
+        except CheckpointError as trouble:
+            if not self._warned:
+                self._warned = True
+                _warn(f"{trouble} (the work goes on; this is said once)")
+        finally:
+            self._io.release()
+
+    def show_checkpoint(self, newest):
+        self.newest = newest
+        self.write("RUNNING")
+        if self._bar:
+            self._draw_bar()
+        else:
+            self.log(f"{newest}  {self._summary()}")
+
+    def _beat(self):
+        """The heartbeat's thread: PROGRESS.txt every `heartbeat` seconds; a bar is drawn more often."""
+        written = time.monotonic()
+        while not self._wake.wait(min(0.2, self.heartbeat) if self._bar else min(1, self.heartbeat)):
+            if self._bar:
+                self._draw_bar()
+            now = time.monotonic()
+            if now - written >= self.heartbeat:
+                idle = now - self.moved
+                stalled = idle > max(self.stall_after, 10 * self.longest_wait)
+                if stalled and not self._stalled:
+                    _warn(f"{self.path.parent}: no progress for {idle:.0f} s")
+                self._stalled = stalled
+                self.write("STALLED" if stalled else "RUNNING")
+                written = now
+
+    def _summary(self):
+        eta = self.eta()
+        left = "unknown" if eta is None else duration(eta)
+        return f"{self.counts()}  {self.rate_text()}  ETA {left}"
+
+    def _draw_bar(self):
+        columns, summary = shutil.get_terminal_size().columns, self._summary()
+        width = max(0, min(30, columns - len(summary) - 5))
+        filled = min(width, width * self.done // max(1, self.total or 0))
+        bar = f"\r[{'#' * filled}{'-' * (width - filled)}] {summary}"[:columns]
+        _stdout.say(bar + "\033[K", droppable=True)
+
+    def log(self, line):
+        _stdout.say(("\r\033[K" if self._bar else "") + line + "\n")
+
+
+def read_progress(path):
+    """{key: value} of a PROGRESS.txt, {} if it cannot be read. Only the first line of each key counts."""
+    try:
+        with open_regular(path) as file:
+            lines = file.read(65536).decode(errors="replace").splitlines()[1:]
+    except OSError:
+        return {}
+    pairs = [line.split(": ", 1) for line in lines if ": " in line]
+    first = {}
+    for key, value in pairs:
+        first.setdefault(key, _one_line(value))
+    return first
 
 
 def _one_line(value):
@@ -843,35 +1303,285 @@ def _one_line(value):
 
 
 def _utc(seconds):
-    return time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(seconds))
+    """None beyond what a calendar holds."""
+    try:
+        return time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(seconds)) if seconds < 2.5e11 else None
+    except (OverflowError, OSError, ValueError):
+        return None
 
 
 def duration(seconds):
     """Seconds as a person says them: 3 min 20 s."""
     minutes, seconds = divmod(int(seconds + 0.5), 60)
     hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes} min" if hours else f"{minutes} min {seconds} s" if minutes else f"{seconds} s"
+    return (f"{hours} h {minutes} min" if hours else f"{minutes} min {seconds} s" if minutes
+            else f"{seconds} s")
 
 
-def read_progress(path):
-    """{key: value} of a PROGRESS.txt, {} if it cannot be read. Only the first line of each key counts."""
+# --------------------------------------------------------------------------------------------------
+# One writer a directory
+
+class DirectoryLock:
+    """A kernel lock on DIRECTORY/.lock, signed with its holder. It dies with its process.
+
+    flock belongs to the open file: a job that opens and closes .lock itself (a copy of its directory)
+    does not lose it, and forked children, which would inherit it, close theirs at once.
+    Raises CheckpointError, with exit code IN_USE and the holder's name if another one lives.
+    """
+    living = set()
+
+    def __init__(self, directory):
+        path = Path(directory) / ".lock"
+        try:
+            flags = os.O_RDWR | os.O_CREAT | os.O_NONBLOCK | os.O_CLOEXEC
+            self.file = os.open(path, flags, 0o666)
+        except OSError as error:
+            raise CheckpointError(f"{directory}: cannot write here ({error.strerror}). Nothing was "
+                                  "changed; mend the permissions or use another directory") from error
+        try:
+            if not stat.S_ISREG(os.fstat(self.file).st_mode):
+                raise CheckpointError(f"{path} is not a regular file. Nothing was changed; move it away")
+            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = self._holder()
+            os.close(self.file)
+            raise CheckpointError(f"{directory} is in use by {holder}. Nothing was changed; wait for it "
+                                  "or stop it", IN_USE) from None
+        except OSError as error:
+            os.close(self.file)
+            raise CheckpointError(f"{path}: this file system cannot lock ({error.strerror}); use a local "
+                                  "one") from error
+        except BaseException:
+            os.close(self.file)
+            raise
+        self.living.add(self)
+        text = f"PID {os.getpid()} on host {socket.gethostname()} since {_utc(time.time())}\n"
+        with contextlib.suppress(OSError):   # a full disk: the lock holds all the same
+            os.ftruncate(self.file, 0)
+            os.pwrite(self.file, text.encode(), 0)
+
+    def _holder(self):
+        """The holder signs just after it locks, so a signature of a dead process is looked at again."""
+        for _ in range(20):
+            text = os.pread(self.file, 500, 0).decode(errors="replace").strip()
+            pid = re.match(r"PID (\d{1,9}) on host (.*) since", text)
+            if pid and int(pid[1]) == os.getpid():
+                return f"this very process (PID {pid[1]})"
+            if pid and (pid[2] != socket.gethostname() or _alive(int(pid[1]))):
+                return text
+            time.sleep(0.05)
+        return "a process that is just starting"
+
+    def release(self):
+        if self in self.living:
+            self.living.discard(self)
+            with contextlib.suppress(OSError):
+                os.ftruncate(self.file, 0)
+            os.close(self.file)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
+        self.release()
+
+    @classmethod
+    def close_in_child(cls):
+        for lock in cls.living:
+            with contextlib.suppress(OSError):
+                os.close(lock.file)
+        cls.living.clear()
+
+
+def _alive(pid):
     try:
-        with open(path, "rb") as file:
-            lines = file.read(65536).decode(errors="replace").splitlines()[1:]
-    except OSError:
-        return {}
-    pairs = [line.split(": ", 1) for line in lines if ": " in line]
-    return {key: _one_line(value) for key, value in reversed(pairs)}
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except (PermissionError, OverflowError):
+        pass
+    return True
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# python checkpointing.py status DIR ... / verify DIR ...
+# --------------------------------------------------------------------------------------------------
+# Signals ask to stop; a second Ctrl-C insists
+
+class _Stop:
+    """Signals become a flag while a run works: saving inside a signal handler deadlocks."""
+
+    NUMBERS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+    def __init__(self):
+        self.number = self.last = None   # the signal that asks; the last that did, for the last word
+        self.at, self.users, self.before = 0.0, 0, {}
+
+    def watch(self):
+        self.users += 1
+        self.last = self.number
+        if self.users == 1 and threading.current_thread() is threading.main_thread():
+            for number in self.NUMBERS:
+                if signal.getsignal(number) is not signal.SIG_IGN:   # nohup ignores SIGHUP: so do we
+                    self.before[number] = signal.signal(number, self._ask)
+
+    def unwatch(self, forget):
+        """Put back what was there. A stop that came too late to stop this run is kept for the next."""
+        self.users -= 1
+        if self.users == 0:
+            self._put_back()
+            if forget:
+                self.number = None
+
+    def _put_back(self):
+        for number, handler in self.before.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+        self.before = {}
+
+    def _ask(self, number, frame):
+        now = time.monotonic()
+        if self.number is None:
+            self.number = self.last = number
+            self.at = now
+            hint = ""
+            if number == signal.SIGINT:
+                hint = ". Ctrl-C again ends at once, with what was saved before"
+            name = signal.Signals(number).name
+            _stderr.say(f"{name}: the work is being saved{hint}\n", wait=False)
+        elif number == signal.SIGINT and now - self.at > 0.3:   # `timeout -s INT` sends two at once
+            signal.signal(signal.SIGINT, signal.SIG_DFL)   # and a third one needs nobody's help
+            raise KeyboardInterrupt
+
+    def leave_to_parent(self):
+        self._put_back()
+        self.number, self.users = None, 0
+
+
+# --------------------------------------------------------------------------------------------------
+# Saying things where nobody may be reading: a stopped terminal or a full pipe must not stop the work
+
+class _Voice:
+    """Lines to stdout or stderr, written by a thread that may hang in our place; some are dropped."""
+
+    def __init__(self, name):
+        self.name, self.pid = name, None
+        self.said = self.written = 0
+
+    def say(self, text, droppable=False, wait=True):
+        stream = getattr(sys, self.name)
+        try:
+            descriptor = self._descriptor(stream)
+            if descriptor is None:   # a notebook, a test's capture: its own business
+                if stream is not None:
+                    stream.write(text)
+                    stream.flush()
+                return
+            if self.pid != os.getpid():
+                self._start()
+        except (OSError, ValueError, RuntimeError):   # a closed log, no thread to be had
+            return
+        behind = self.said - self.written
+        if behind > 200 or (droppable and behind):
+            return
+        data = text.encode(getattr(stream, "encoding", None) or "utf-8", errors="replace")
+        self.said += 1
+        self.queue.put((descriptor, data))
+        # Keep the order with what the job itself prints, as long as somebody reads.
+        end = time.monotonic() + 0.2
+        while wait and not behind and self.written < self.said and time.monotonic() < end:
+            time.sleep(0.0002)
+
+    def _descriptor(self, stream):
+        """The stream's descriptor if writing there directly is the same thing, else None."""
+        if type(stream) is io.TextIOWrapper:
+            raw = getattr(stream.buffer, "raw", None)
+            if type(raw) is io.FileIO:
+                return raw.fileno()
+        return None
+
+    def _start(self):
+        self.queue, self.said, self.written = queue.SimpleQueue(), 0, 0
+        self.pid = os.getpid()
+        threading.Thread(target=self._speak, args=(self.queue,), name="voice", daemon=True).start()
+
+    def _speak(self, lines):
+        while True:
+            descriptor, data = lines.get()
+            with contextlib.suppress(OSError):   # a closed or full log must not end the work
+                while data:
+                    data = data[os.write(descriptor, data):]
+            self.written += 1
+
+
+_stop, _stdout, _stderr = _Stop(), _Voice("stdout"), _Voice("stderr")
+
+
+def _in_child():
+    """A forked child is no part of the run: it gets the signal handlers back that were there before,
+    so that Pool.terminate() ends it, and it holds nothing."""
+    DirectoryLock.close_in_child()
+    _stop.leave_to_parent()
+
+
+os.register_at_fork(after_in_child=_in_child)
+
+
+def _warn(message):
+    _stderr.say(f"warning: {message}\n")
+
+
+def _complain(error):
+    program = Path(sys.argv[0]).name or "python"
+    _stderr.say(f"{program}: error: {_one_line(error)}\n")
+
+
+@contextlib.contextmanager
+def one_line_errors():
+    """Turn a CheckpointError or Ctrl-C into one line on stderr and its exit code: no stack trace."""
+    try:
+        yield
+    except CheckpointError as error:
+        _complain(error)
+        raise SystemExit(error.exit_code) from None
+    except KeyboardInterrupt:
+        _complain("stopped by Ctrl-C; what was finished before is intact")
+        raise SystemExit(128 + signal.SIGINT) from None
+
+
+def tell(line):
+    """A line of a command's own output. A reader that has left (| head -1) is no error; that it cannot
+    be written (a full disk) is."""
+    try:
+        print(line, flush=True)
+    except BrokenPipeError:
+        _silence_stdout()
+    except OSError as error:
+        _silence_stdout()
+        raise CheckpointError(f"cannot write the output ({error.strerror})") from None
+
+
+def _silence_stdout():
+    with contextlib.suppress(OSError, ValueError):   # or Python would fail once more at its end
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, sys.stdout.fileno())
+        os.close(null)
+
+
+# --------------------------------------------------------------------------------------------------
+# python checkpointing.py status DIR ... / verify DIR ... / accept FILE ...
+
+USAGE = """usage: checkpointing.py status DIR ...   what every run below DIR is doing
+       checkpointing.py verify DIR ...   read every checkpoint and result; exit 1 naming the bad ones
+       checkpointing.py accept FILE ...  go on from this state although its record is lost"""
+
 
 def _directories(roots):
+    """(directory, names) of all below; hidden directories are a copy's half-finished files."""
+    def stop(error):
+        raise _unreadable(error.filename, error)
     for root in roots:
         if not os.path.isdir(root):
             raise CheckpointError(f"{root}: no such directory", WRONG_SETTINGS)
-        for directory, below, names in sorted(os.walk(root)):
+        for directory, below, names in os.walk(root, onerror=stop):
+            below[:] = sorted(name for name in below if not name.startswith("."))
             yield Path(directory), sorted(names)
 
 
@@ -886,58 +1596,109 @@ def status(roots):
         word = progress.get("Status", "UNREADABLE")
         note = progress.get("Error", "")
         if word in ("RUNNING", "STALLED"):
-            with contextlib.suppress(ValueError, KeyError):
+            with contextlib.suppress(ValueError, KeyError, OverflowError):
                 age = max(0, int(time.time()) - int(progress["Heartbeat"]))
-                note = f"{progress.get('Rate', '')}  ETA {progress.get('ETA', '')}  heartbeat {duration(age)} ago"
+                note = (f"{progress.get('Rate', '')}  ETA {progress.get('ETA', '')}  heartbeat "
+                        f"{duration(age)} ago")
                 if progress.get("Host") == socket.gethostname() and not _alive(int(progress["PID"])):
-                    word, note = "DEAD", f"no process {progress['PID']}; run the same command again to go on"
-        print(f"{directory}: {word}  {progress.get('Progress', '')}  {note}".rstrip())
+                    word = "DEAD"
+                    note = f"no process {progress['PID']}; run the same command again to go on"
+        tell(f"{directory}: {word}  {progress.get('Progress', '')}  {note}".rstrip())
     if not count:
-        print(f"no run (PROGRESS.txt) in or below {', '.join(map(str, roots))}", file=sys.stderr)
-    return 0 if count else 1
-
-
-def _alive(pid):
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except (PermissionError, OverflowError):
-        pass
-    return True
+        raise CheckpointError(f"no run (PROGRESS.txt) in or below {', '.join(roots)}")
+    return 0
 
 
 def verify(roots):
-    """Read every checkpoint, .npz and .pt file below the directories. Returns 0, or 1 with the bad ones named."""
+    """Read every checkpoint and result below the directories. Returns 0, or 1 with the bad ones named."""
     good = bad = 0
     for directory, names in _directories(roots):
         records = read_records(directory)
         for name in names:
             path = directory / name
-            checkpoint = CHECKPOINT_NAME.fullmatch(name) and path.is_file()
-            if checkpoint or (path.suffix in (".npz", ".pt") and not name.startswith(".") and path.is_file()):
-                problem = problem_with(path, records.get(name))
+            try:
+                problem = _verdict_on(path, records)
+            except FileNotFoundError:   # let go of by a run at work
+                continue
+            if problem is not None:
                 good, bad = good + (not problem), bad + bool(problem)
                 if problem:
-                    print(f"BAD {path}: {problem}")
+                    tell(f"BAD {path}: {problem}")
         if read_progress(directory / "PROGRESS.txt").get("Status") == "COMPLETE":
-            for record in records.values():
-                if record["start"] < record["stop"] and record["name"] not in names:   # a piece: none may be missing
+            for record in records.values():   # of pieces, none may be missing
+                if record["start"] < record["stop"] and record["name"] not in names:
                     bad += 1
-                    print(f"BAD {directory / record['name']}: missing")
-    print(f"{good} files are whole, {bad} bad" if good or bad else f"no checkpoints in {', '.join(map(str, roots))}")
+                    tell(f"BAD {directory / record['name']}: missing")
+    tell(f"{good} files are whole, {bad} bad" if good or bad
+         else f"no checkpoints in {', '.join(roots)}")
     return 1 if bad or not good else 0
 
 
-def main():
-    parser = OneLineParser(description="See what runs are doing, and whether their files are whole.")
-    parser.add_argument("command", choices=["status", "verify"], help="status: what every run below DIR is doing; "
-                        "verify: read every checkpoint, exit 1 naming the bad ones")
-    parser.add_argument("dirs", nargs="+", metavar="DIR")
-    arguments = parser.parse_args()
+def _verdict_on(path, records):
+    """'' if a file is whole, what is wrong with it, or None if it is none of ours to judge."""
+    if path.name.startswith(".") or not stat.S_ISREG(os.stat(path).st_mode):
+        return None
+    if not CHECKPOINT_NAME.fullmatch(path.name):
+        if path.suffix == ".json":
+            return _json_problem(path)
+        if path.suffix not in (".npz", ".pt"):
+            return None
+    record = records.get(path.name)
+    if not record and CHECKPOINT_NAME.fullmatch(path.name):   # saved since we looked?
+        record = read_records(path.parent).get(path.name)
+    return problem_with(path, record) or ""
+
+
+def _json_problem(path):
+    """Only a sealed JSON file can be judged; one that claims a seal must verify."""
+    with open_regular(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        file.seek(max(0, size - 100))
+        tail = file.read()
+        if re.search(rb"sha256:|[0-9a-f]{20}", tail):
+            return _seal_problem(file, size, tail) or ""
+        file.seek(0)
+        start = file.read(2)
+    if path.name in ("run.json", "history.json"):
+        return None
+    return None if start[:1] in (b"{", b"[") and tail.rstrip()[-1:] in (b"}", b"]") else "cut off"
+
+
+def accept(files):
+    """Record states whose record is lost, as they are, so that a run goes on from them."""
+    for path in (Path(name) for name in files):
+        match = CHECKPOINT_NAME.fullmatch(path.name)
+        if not match or not path.is_file():
+            raise CheckpointError(f"{path}: no such checkpoint", WRONG_SETTINGS)
+        with DirectoryLock(path.parent):
+            store = Store(path.parent, match[2])
+            store.open()
+            if path.name in store.records:
+                raise CheckpointError(f"{path} has its record; nothing was changed", WRONG_SETTINGS)
+            number = int(match[1])
+            try:
+                store._append({"name": path.name, "start": number, "stop": number,
+                               "bytes": path.stat().st_size, "sha256": sha256(path), "elapsed": 0})
+            except OSError as error:
+                raise CheckpointError(_explain(error, path.parent / RECORDS, "some")) from error
+        tell(f"{path}: recorded as it is; run the job's command again to go on from it")
+    return 0
+
+
+def main(arguments):
+    commands = {"status": status, "verify": verify, "accept": accept}
     with one_line_errors():
-        return {"status": status, "verify": verify}[arguments.command](arguments.dirs)
+        if arguments and arguments[0] in ("-h", "--help"):
+            tell(USAGE)
+            return 0
+        if len(arguments) < 2 or arguments[0] not in commands:
+            raise CheckpointError("type status, verify or accept, and what to look at; see --help",
+                                  WRONG_SETTINGS)
+        try:
+            return commands[arguments[0]](arguments[1:])
+        except OSError as error:
+            raise _unreadable(error.filename or "a file", error) from error
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(main(sys.argv[1:]))

@@ -20,10 +20,10 @@ import re
 import zipfile
 from dataclasses import dataclass
 
-import numpy as np
-
 import checkpointing
-from checkpointing import option
+from settings import option, parse_settings   # before numpy: a missing one is then one line
+
+import numpy as np   # noqa: E402, I001
 
 CLASSES = ("linear", "circular", "helical", "parabolic")   # label = index here = sample index mod 4
 RECIPE = 1               # raise it when a change below changes a byte of any sample
@@ -58,7 +58,7 @@ class Settings:
 
 
 def main():
-    parser, settings = checkpointing.parse_settings(Settings, "Render trajectory videos into checkpoints.")
+    parser, settings = parse_settings(Settings, "Render trajectory videos into checkpoints.")
     problem = problem_with(settings)
     if problem:
         parser.error(problem)

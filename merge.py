@@ -13,17 +13,18 @@ import os
 import zipfile
 from pathlib import Path
 
-import numpy as np
-
 import checkpointing
 from checkpointing import CheckpointError
+from settings import OneLineParser   # before numpy: a missing one is then one line
+
+import numpy as np   # noqa: E402, I001
 
 CLASSES = ("linear", "circular", "helical", "parabolic")
 BLOCK = 1 << 20   # bytes handed to the compressor at once, whatever the checkpoints' sizes: same cuts, same bytes
 
 
 def main():
-    parser = checkpointing.OneLineParser(description=__doc__.partition("\n")[0])
+    parser = OneLineParser(description=__doc__.partition("\n")[0])
     parser.add_argument("runs", nargs="*", default=["results"], metavar="RUN_DIR",
                         help="run directories; shard_*_of_* inside them count too (default results)")
     parser.add_argument("--out", default="results/dataset.npz", help="the data set (default results/dataset.npz)")

@@ -29,7 +29,8 @@ import torch.nn.functional as F
 from torch import nn
 
 import checkpointing
-from checkpointing import CheckpointError, option
+from checkpointing import CheckpointError
+from settings import option, parse_settings
 
 CLASSES = ("linear", "circular", "helical", "parabolic")
 LEVELS = (64, 64, 64)                       # of each quantized number; their product is the size of the codebook, 2^18
@@ -778,9 +779,9 @@ class Trainer:
 
     def breathe(self):
         """Save if it is time, and leave if a signal asks for it."""
-        if self.run.stopping or time.monotonic() - self.saved > 60 * self.settings.max_minutes:
+        if self.run.due():
             self.save()
-        self.run.stop_if_asked()
+        self.run.leave_if_asked()
         self.run.update(self.done)
 
     def save(self):
@@ -823,12 +824,13 @@ class Trainer:
             self.check_finite()
             self.step_seconds, self.spoke, self.counted = seconds / steps, now, self.done
             epoch = (self.done - 1 - self.phase.start) // self.epoch_steps + 1
-            self.run.seconds_left = self.seconds_left()
+            seconds_left = self.seconds_left()
+            self.run.expect(seconds_left)
             self.run.update(self.done, Phase=self.phase.name, Epoch=f"{epoch}/{self.phase.epochs}",
                             **{"Train loss": f"{self.train_loss:.4f}"})
             self.run.log(f"{self.phase.name} epoch {epoch}/{self.phase.epochs}  step {self.done}/{self.steps}  loss "
                          f"{self.train_loss:.4f}  {self.batch_size * steps / seconds:.0f} videos/s  "
-                         f"{checkpointing.duration(self.run.seconds_left)} left")
+                         f"{checkpointing.duration(seconds_left)} left")
         elif self.device.type == "cpu" and not math.isfinite(self.recent[-1].item()):   # costs nothing there
             self.check_finite()
 
@@ -883,7 +885,6 @@ class Trainer:
         while self.done < self.total:
             name = self.evaluations[self.done - self.steps]
             self.run.update(self.done, Phase=f"evaluation: {name}")
-            self.run.seconds_left = None
             self.run.log(f"evaluation: {name}")
             with torch.no_grad():
                 self.metrics[name] = EVALUATIONS[name](self, model)
@@ -1214,7 +1215,7 @@ def table(metrics):
 # ---------------------------------------------------------------------------------------------------------------------
 
 def main():
-    parser, settings = checkpointing.parse_settings(Settings, "Train MAGVIT: a tokenizer, then a masked transformer.")
+    parser, settings = parse_settings(Settings, "Train MAGVIT: a tokenizer, then a masked transformer.")
     for name, low, high in (("epochs", 0, 10**6), ("batch_size", 0, 10**6), ("every", 1, 10**6), ("seed", 0, 2**63 - 1),
                             ("max_minutes", 1e-6, 1e6), ("heartbeat", 0.01, 86400)):
         if not low <= getattr(settings, name) <= high:

@@ -1,4 +1,4 @@
-"""Long jobs that lose at most minutes of work: durable checkpoints, exact restarts, visible progress.
+"""Long jobs that lose minutes of work at most: durable checkpoints, exact restarts, progress.
 
     import json, checkpointing
 
@@ -13,21 +13,21 @@ every checkpoint and result. A function over many items is one line: see map().
 
 Promised, on a local Linux or macOS file system:
   1. A file appears under its final name whole or not at all, also after kill -9 or a power cut.
-  2. What a restart reads was verified to the last byte. A bad file is set aside, never deleted; an
-     older good one is used; if all are bad the run stops with an error instead of starting over.
-     A file that cannot be read is not called bad: the run stops and changes nothing.
+  2. What a restart reads was verified to the last byte. A bad file is set aside, never deleted;
+     an older good one is used; if all are bad the run stops instead of starting over. A file that
+     cannot be read is not called bad: the run stops and changes nothing.
   3. One writer a directory, by a kernel lock that dies with its process.
   4. An older checkpoint is removed only after the newer one was read back and verified. Nothing
      else is removed.
-  5. PROGRESS.txt is one whole version at every moment, and says STALLED when it beats but the work
-     does not move.
-  6. A job that forks, uses pools or threads, or writes where nobody reads behaves as without us.
+  5. PROGRESS.txt is one whole version at every moment, and says STALLED when the process lives but
+     the work does not move.
+  6. A job that forks, uses pools or threads, or writes where nobody reads, behaves as without us.
   7. Exit codes: 0 complete; 1 failed, or left before the end; 2 wrong settings; 75 directory in
      use; 129, 130, 143 stopped by SIGHUP, SIGINT, SIGTERM after saving what was done.
-A kill repeats the units since the last checkpoint, side effects outside the run included.
-Not promised: anything on Windows (no fcntl); the lock and durability on network file systems, which
-may lie about both; a disk that acknowledges a flush it did not do; checkpoints changed on purpose
-(checksums are not signatures).
+A kill repeats the units since the last checkpoint, their side effects elsewhere included.
+Not promised: anything on Windows (no fcntl); the lock and durability on network file systems,
+which may lie about both; a disk that acknowledges a flush it did not do; checkpoints changed on
+purpose (checksums are not signatures).
 
 Standard library only, Python 3.9 on. Copy this one file into your project.
 """
@@ -55,38 +55,38 @@ FAILED, WRONG_SETTINGS, IN_USE = 1, 2, 75   # exit codes; 75 is EX_TEMPFAIL of s
 
 
 class CheckpointError(Exception):
-    """What went wrong, in one line for a person; `exit_code` is what the process should end with."""
+    """What went wrong, in one line for a person; `exit_code` is what the process ends with."""
 
     def __init__(self, message, exit_code=FAILED):
         super().__init__(message)
         self.exit_code = exit_code
 
 
-# --------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 # The run: all that a job's own script needs to know
 
 class Run:
     """A long job in the directory `out`, as a context manager that keeps the promises above.
 
     total: how many units of work there are; `unit` names them in the progress.
-    every: units between checkpoints; `max_minutes` after the last one, one is saved in any case.
+    every: units between checkpoints; one is saved in any case `max_minutes` after the last.
     suffix: of the checkpoints' names, such as .json or .tar.gz.
     settings: what decides the result, kept in run.json; once there are checkpoints, a restart with
     others is refused, naming each that differs. may_grow: those that may be larger than last time.
     first: number of the first unit (pieces only). keep: how many state checkpoints stay.
-    unit_bytes: what a unit takes on the disk, about; a disk too small is refused before work begins.
+    unit_bytes: what a unit takes on the disk, about; a disk too small is refused before the work.
     heartbeat: seconds between writes of PROGRESS.txt. stall_after: seconds without an update until
     STALLED (never less than ten times the longest wait between two updates so far).
 
     Three ways to use it:
       1. load() and steps(): the state is one object, stored whole at each checkpoint.
       2. pieces(): a long list of results, each stretch of it stored once.
-      3. a loop of your own: load(), begin(), then update(), due(), save(), leave_if_asked(), log(),
-         expect() where they belong. A total or settings that take time to find out are given by
-         plan() inside the with block, while PROGRESS.txt already shows the run.
+      3. a loop of your own: load(), begin(), then update(), due(), save(), leave_if_asked(),
+         log(), expect() where they belong. A total or settings that take time to find out are
+         given by plan() inside the block, while PROGRESS.txt already shows the run.
     finish() ends any of them early and complete. Errors of the user or the machine end the process
     with one line on stderr and the exit code of the docstring above. Leaving the block before the
-    end, by break or return, saves (a step that breaks counts as done) and ends with exit code 1.
+    end, by break or return, saves (the step that breaks counts as done) and ends with exit code 1.
     """
 
     def __init__(self, out, total=None, *, every=100, suffix=".bin", title="Job", unit="steps",
@@ -99,6 +99,7 @@ class Run:
         self.max_seconds = max_minutes * 60
         self.store = Store(self.out, suffix)
         self.progress = Progress(self.out, total, title, unit, heartbeat, stall_after)
+        self.blame = ""             # what failed, if the job knows it better than the exception
         self._lock = None           # held from __enter__ to __exit__
         self._process = None        # the one that entered; a forked child of it has no say
         self._begun = False         # from begin() on, files change
@@ -107,23 +108,23 @@ class Run:
         self._saved_at = time.monotonic()
 
     total = property(lambda self: self.progress.total)
-    done = property(lambda self: self.progress.done, doc="units worked on, by this start or before")
+    done = property(lambda self: self.progress.done, doc="units worked on, now or before")
     durable = property(lambda self: self.progress.durable, doc="units that survive a kill")
-    stopping = property(lambda self: _stop.number, doc="the signal that asked us to stop, or None")
+    stopping = property(lambda self: _stop.number, doc="the signal that asked to stop, or None")
 
     # -- 1. the state is one object
 
     def load(self, read, default=None):
-        """read(open binary file) of the newest checkpoint that verifies; `default` if there is none.
+        """read(open binary file) of the newest checkpoint that verifies, or `default`.
 
         If all is complete already, steps() yields nothing: what the loop's body would have set is
         not set, only what `read` returned.
         """
         good = self.store.good(newest_only=True, length=lambda path: 0)
         if not good:
-            if self.store.records and list(self.store.records.values())[:-1]:
-                _warn(f"{self.out}: checkpoints were recorded here but none is left; the work starts "
-                      "over")
+            if len(self.store.records) > 1:   # one alone: a kill in the very first save
+                _warn(f"{self.out}: checkpoints were recorded here but none is left; the work "
+                      "starts over")
             return default
         number, _, path = good[0]
         self._found(number, path)
@@ -135,10 +136,10 @@ class Run:
                                   f"{error}. Nothing was changed") from error
 
     def steps(self, write):
-        """Numbers of the steps to do; write(open binary file) stores the whole state when it is due.
+        """Numbers of the steps to do; write(open binary file) stores the state when it is due.
 
         With a pool: zip(run.steps(write), pool.imap(f, items[run.done:])), in this order, and
-        workers that ignore SIGINT (Pool(initializer=signal.signal, initargs=(SIGINT, SIG_IGN))).
+        workers that ignore SIGINT: Pool(initializer=signal.signal, initargs=(SIGINT, SIG_IGN)).
         """
         self.begin()
         self._close_open_step()
@@ -168,7 +169,7 @@ class Run:
     # -- 2. a long list of results, piece by piece
 
     def pieces(self, length=None):
-        """The Pieces of the work that no good checkpoint holds yet, in order, each at most `every`.
+        """The Pieces that no good checkpoint holds yet, in order, each at most `every` units long.
 
         A Piece is iterated (or its blocks() are), then saved. length(path) says how many units a
         checkpoint holds whose record was lost; without it such a file is set aside.
@@ -184,53 +185,48 @@ class Run:
                 self.leave_if_asked()
                 piece = Piece(self, start, stop)
                 yield piece
-                if piece.saved != piece.done:
-                    raise RuntimeError(f"piece {start} to {piece.done - 1} was worked on but not "
-                                       "saved: call piece.save")
-                if piece.done == start:
-                    raise RuntimeError(f"piece {start} to {stop - 1} was not worked on: iterate over "
-                                       "it, or over its blocks()")
+                if piece.done == start or piece.saved != piece.done:
+                    raise RuntimeError(f"piece {start} to {stop - 1}: iterate over it (or over its "
+                                       "blocks) and call its save() before you ask for the next")
                 start = piece.done
         self.leave_if_asked()
 
     def _uncovered(self, length):
-        """[(start, stop)] that no good checkpoint holds, cut at the multiples of `every`."""
+        """[(start, stop)] that no good checkpoint holds, cut where an undisturbed run would cut."""
         good = self.store.good(length=length)
         self.store.warn_of_what_is_gone({path.name for _, _, path in good})
-        begin, end = self.first, self.first + self.total
-        at, gaps = begin, []
+        at, end, gaps = self.first, self.first + self.total, []
         for start, stop, path in good:
             if start < at or stop > end:
-                raise CheckpointError(
-                    f"{path}: holds {start} to {stop - 1}, which overlaps its neighbour or lies outside "
-                    f"{begin} to {end - 1}. Nothing was changed; is it from another run?")
+                raise CheckpointError(f"{path}: holds {start} to {stop - 1}, which overlaps its "
+                                      f"neighbour or lies outside {self.first} to {end - 1}. "
+                                      "Nothing was changed; is it from another run?")
             gaps.append((at, start))
             at = stop
         held = sum(stop - start for start, stop, _ in good)
         self._found(held, good[-1][2] if good else None)
-        if self.total > held:
+        if held < self.total:   # also less than `end` if finish() has said so
             gaps.append((at, end))
-        return [piece for gap in gaps for piece in self._cut(*gap)]
-
-    def _cut(self, at, stop):
-        """Cut a gap where an undisturbed run would, so that its files get the same names."""
-        while at < stop:
-            cut = min(stop, at - at % self.every + self.every)
-            yield at, cut
-            at = cut
+        todo = []
+        for at, stop in gaps:
+            while at < stop:
+                cut = min(stop, at - at % self.every + self.every)
+                todo.append((at, cut))
+                at = cut
+        return todo
 
     # -- 3. a loop of your own
 
     def plan(self, total=None, settings=None):
-        """Give the total and the settings when they were not known to __init__; before load()."""
+        """Give the total and the settings where __init__ did not know them; before load()."""
         if total is not None:
             if total < 1:
                 raise ValueError("total must be positive")
             self.progress.total = int(total)
         if settings is not None:
             self.settings = dict(settings)
-        self.progress.id = compare_settings(self.out, self.settings, self.may_grow,
-                                            bool(self.store.all_checkpoints()))
+        bind = bool(find_checkpoints(self.out))   # before the first checkpoint nothing binds
+        self.progress.id = compare_settings(self.out, self.settings, self.may_grow, bind)
 
     def begin(self):
         """There is work to do: from here on files change. steps() and pieces() call it."""
@@ -239,8 +235,8 @@ class Run:
         self._must_be_ours()
         wanted, free = int((self.total - self.durable) * self.unit_bytes), free_bytes(self.out)
         if 0 <= free < wanted:
-            raise CheckpointError(f"{self.out}: this run needs about {wanted:,} bytes more, {free:,} "
-                                  "are free. Make room, then run the same command again")
+            raise CheckpointError(f"{self.out}: this run needs about {wanted:,} bytes more, "
+                                  f"{free:,} are free. Make room, then run the same command again")
         self.store.forget_what_is_gone()
         _stop.watch()
         self._begun = True
@@ -248,7 +244,7 @@ class Run:
         self.progress.begin()
 
     def update(self, done, **fields):
-        """The work has moved: `done` units so far. No I/O, a fraction of a microsecond: call it often.
+        """The work has moved: `done` units so far. No I/O, less than a microsecond: call it often.
 
         fields become lines of their own in PROGRESS.txt: update(7, Epoch="3/10").
         """
@@ -261,15 +257,15 @@ class Run:
             progress.fields = {**progress.fields, **fields}
 
     def due(self):
-        """Is it time to save? max_minutes after the last checkpoint, or when asked to stop or finish."""
+        """Is it time to save: max_minutes after the last time, or when asked to stop or finish?"""
         late = time.monotonic() - self._saved_at > self.max_seconds
         return late or self._finishing or _stop.number is not None
 
     def save(self, number, write):
         """Store the state after `number` units as checkpoint_<number>, then let go of the oldest.
 
-        write: str, bytes or a function of an open binary file. Raises CheckpointError if it cannot be
-        stored; what was saved before is then untouched, and saving may be tried again.
+        write: str, bytes or a function of an open binary file. Raises CheckpointError if it cannot
+        be stored; what was saved before is then untouched, and saving may be tried again.
         """
         self._save(number, number, number, write)
         self.store.retain(self.keep)
@@ -296,11 +292,11 @@ class Run:
         self._finishing = True
 
     def expect(self, seconds):
-        """Say how long the rest will take, for the ETA, where the rate of the units so far misleads."""
+        """Say how long the rest will take, for the ETA, where the rate so far misleads."""
         self.progress.expected = (seconds, time.monotonic())
 
     def log(self, line):
-        """A line on stdout, out of the live bar's way; dropped if nobody reads, never waited for."""
+        """A line on stdout, out of the bar's way; dropped if nobody reads, never waited for."""
         self.progress.log(line)
 
     # -- entering and leaving
@@ -312,12 +308,13 @@ class Run:
             try:
                 self.out.mkdir(parents=True, exist_ok=True)
             except OSError as error:
-                bad_name = (errno.EEXIST, errno.ENOTDIR, errno.ENAMETOOLONG)
+                bad_name = error.errno in (errno.EEXIST, errno.ENOTDIR, errno.ENAMETOOLONG)
                 raise CheckpointError(f"{self.out}: cannot make this directory ({error.strerror})",
-                                      WRONG_SETTINGS if error.errno in bad_name else FAILED) from None
+                                      WRONG_SETTINGS if bad_name else FAILED) from None
             self._lock = DirectoryLock(self.out)
             try:
-                self.store.open()
+                sweep(self.out)
+                self.store.records = read_records(self.out)
                 self.progress.remember(self.store.records)
                 if self.total is not None:
                     self.plan()
@@ -332,7 +329,7 @@ class Run:
     def __exit__(self, kind, error, trace):
         if os.getpid() != self._process:
             return   # a forked child leaves its copy of the block: the run is its parent's
-        status, line, code = None, None, None
+        status = None
         try:
             try:
                 if kind is None and self._begun:
@@ -351,27 +348,24 @@ class Run:
             if self._begun:
                 _stop.unwatch(forget=status != "COMPLETE")
         self._say_the_end(status, kind, error)
-        if kind is CheckpointError:
-            _complain(error)
         if code is not None:
             raise SystemExit(code) from None
 
     def _end_early(self):
-        """The block was left without an error: save what break has cut short, and seal finish()."""
+        """The block was left without an error: save what break cut short, and seal finish()."""
         self._close_open_step()
         if self._finishing and not self._complete():
-            self.store.mark_complete(self.done)
-            self.progress.total = self.progress.durable
+            self.store.mark_complete()
+            self.progress.total = self.durable
 
     def _complete(self):
         return self.total is not None and self.durable >= self.total
 
     def _verdict(self, kind, error):
-        """(status for PROGRESS.txt or None, line for it, exit code or None: whatever comes by itself)"""
-        leaving = kind is None or (kind is SystemExit and error.code in (None, 0))
-        if leaving and (self._complete() or not self._begun):
-            return ("COMPLETE" if self._complete() else None), None, None
-        if leaving:
+        """(status, None if nothing happened; the Error line; exit code, None for as it is)"""
+        if kind is None or (kind is SystemExit and error.code in (None, 0)):
+            if self._complete() or not self._begun:
+                return ("COMPLETE" if self._complete() else None), None, None
             return "INTERRUPTED", None, FAILED
         if kind is KeyboardInterrupt:
             return "INTERRUPTED", None, 128 + signal.SIGINT
@@ -379,31 +373,33 @@ class Run:
             return "INTERRUPTED", None, None
         if kind is CheckpointError:
             return "FAILED", str(error), error.exit_code
-        return "FAILED", f"{kind.__name__}: {error}", None
+        blame = f"{self.blame}: " if self.blame else ""
+        return "FAILED", f"{blame}{kind.__name__}: {error}", None
 
     def _say_the_end(self, status, kind, error):
-        if status is None or not self._begun and status != "COMPLETE":
-            return
         saved = f"{self.durable}/{self.total} {self.progress.unit} are saved"
-        if status == "COMPLETE":
+        if kind is CheckpointError:
+            _complain(error)
+        elif status == "COMPLETE":
             self.log(f"complete: {self.out} has all {self.total} {self.progress.unit}")
-        elif status == "INTERRUPTED":
+        elif status == "INTERRUPTED" and self._begun:
             by = signal.Signals(_stop.last).name if _stop.last else "the program itself"
             self.log(f"stopped by {by}: {saved}; run the same command again to go on")
-        elif kind is not CheckpointError:
-            again = f", {self.done - self.durable} are done again" if self.done > self.durable else ""
-            _warn(f"{self.out}: failed with {kind.__name__}: {saved}{again} when the same command is "
-                  "run again")
+        elif status == "FAILED" and self._begun:
+            blame = f" at {self.blame}" if self.blame else ""
+            lost = self.done - self.durable
+            again = f", {lost} are done again" if lost > 0 else ""
+            _warn(f"{self.out}: failed{blame} with {kind.__name__}: {saved}{again} when the same "
+                  "command is run again")
 
     def _found(self, done, path):
         """Where the work stands, from the checkpoints on the disk."""
-        record = self.store.records.get(path.name) if path else None
-        if record and record.get("complete"):
+        if path and self.store.records.get(path.name, {}).get("complete"):
             self.progress.total = done
         if done > self.total:
-            raise CheckpointError(f"{path}: {done} {self.progress.unit} are done here already, more than "
-                                  f"the {self.total} asked for. Nothing was changed; ask for at least "
-                                  f"{done}", WRONG_SETTINGS)
+            raise CheckpointError(f"{path}: {done} {self.progress.unit} are done here already, "
+                                  f"more than the {self.total} asked for. Nothing was changed; ask "
+                                  f"for at least {done}", WRONG_SETTINGS)
         self.progress.done = self.progress.durable = done
         self.store.newest = self.progress.newest = path.name if path else None
 
@@ -414,7 +410,7 @@ class Run:
 
 
 class Piece:
-    """One stretch of the work, start to stop - 1. Iterating counts progress, and ends when it is due."""
+    """One stretch of the work, start to stop - 1. Iterating counts progress and ends when due."""
 
     def __init__(self, run, start, stop):
         self.run, self.start, self.stop = run, start, stop
@@ -434,7 +430,7 @@ class Piece:
             self.run.update(self._base + last)
 
     def save(self, content):
-        """Store what was done so far as a checkpoint: str, bytes or a function of an open file."""
+        """Store what was done as a checkpoint: str, bytes or a function of an open file."""
         if self.done > self.start:
             durable = self.run.durable + self.done - self.start
             self.run._save(self.start, self.done, durable, content)
@@ -445,9 +441,9 @@ def map(function, items, out, *, every=1000, **options):
     """[function(item) for item in items], in order, each result kept in the directory `out`.
 
     A checkpoint holds up to `every` results as lines {"item", "value"} of JSON, so values are what
-    JSON gives back (a tuple becomes a list), also at the first run. Items that are not JSON are not
-    compared at a restart; others must be the same, and more may be added at the end. options: those
-    of Run. An item that fails is named on stderr, and its exception goes on; what was done is saved.
+    JSON gives back (a tuple becomes a list), also at the first run. At a restart the items must be
+    the same, as far as they are JSON; more may be added at the end. options: those of Run.
+    An item that fails is named, what was done is saved, and its exception goes on.
     """
     items, lines = list(items), []
     if not items:
@@ -457,7 +453,7 @@ def map(function, items, out, *, every=1000, **options):
              settings={"function": name, "items": len(items), **options.pop("settings", {})},
              may_grow=("items",), **options) as run:
         todo = run.pieces()
-        _kept_values(run.store, items)
+        _kept_values(run.store, items)   # other items are refused before they are worked on
         for piece in todo:
             lines.clear()
             try:
@@ -466,7 +462,7 @@ def map(function, items, out, *, every=1000, **options):
                     lines.append(json.dumps(line) + "\n")
             except Exception:
                 piece.save("".join(lines))
-                _warn(f"{out}: item {i} ({_one_line(repr(items[i]))[:80]}) failed")
+                run.blame = f"item {i} ({_one_line(repr(items[i]))[:80]})"
                 raise
             piece.save("".join(lines))
         return _kept_values(run.store, items)
@@ -478,9 +474,10 @@ def _kept_values(store, items):
         for i, line in enumerate(path.read_bytes().splitlines(), number):
             kept = json.loads(line)
             if i >= len(items) or kept["item"] != _as_json(items[i]):
-                raise CheckpointError(f"{path}: item {i} was {json.dumps(kept['item'])} when this was "
-                                      "made, and is another one now. Nothing was changed; bring back the "
-                                      "old items or use another directory", WRONG_SETTINGS)
+                raise CheckpointError(f"{path}: item {i} was {json.dumps(kept['item'])} when this "
+                                      "was made, and is another one now. Nothing was changed; "
+                                      "bring back the old ones or use another directory",
+                                      WRONG_SETTINGS)
             values.append(kept["value"])
     return values
 
@@ -492,7 +489,7 @@ def _as_json(item):
         return None
 
 
-# --------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 # The atomic file: each step of the protocol is a method, in their order
 
 class AtomicFile:
@@ -506,13 +503,13 @@ class AtomicFile:
 
     def open(self):
         # The lock tells a living writer's file from a dead one's (see sweep), also where PIDs are
-        # reused. A sweeper may remove the file between open and lock: then another one is made.
+        # reused. A sweeper may remove it between open and lock: then another one is made.
         while True:
             name = f".{self.path.name[:200]}.{os.getpid()}-{os.urandom(4).hex()}.tmp"
             temp = str(self.path.parent / name)
             flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
             self.file, self.temp = open(os.open(temp, flags, 0o666), "w+b"), temp
-            with contextlib.suppress(OSError):   # no flock here: the sweeper cannot take it either
+            with contextlib.suppress(OSError):   # no flock here: the sweeper has none either
                 fcntl.flock(self.file, fcntl.LOCK_EX)
             if os.fstat(self.file.fileno()).st_nlink:
                 return self.file
@@ -520,7 +517,7 @@ class AtomicFile:
 
     def sync(self, flush_drive=True):
         self.file.flush()
-        if flush_drive and hasattr(fcntl, "F_FULLFSYNC"):   # macOS: fsync leaves bytes in the drive
+        if flush_drive and hasattr(fcntl, "F_FULLFSYNC"):   # macOS: fsync stops at the drive
             try:
                 fcntl.fcntl(self.file.fileno(), fcntl.F_FULLFSYNC)
                 return
@@ -548,78 +545,69 @@ class AtomicFile:
 
 
 def write_atomic(path, content, before_commit=None, durable=True):
-    """Write `content` to `path` so that the name holds the old file or the whole new one, whatever
-    happens.
+    """Write `content` to `path`: the name holds the old file or the whole new one, in any case.
 
-    content: str, bytes, or a function that writes to the open binary file it is given. The file gets
-    the umask's mode. before_commit(temp_path) runs once the bytes are on the disk and before they have
-    their name. durable=False leaves out the slow half (the drive's own cache on a Mac, the directory):
-    a reader still sees one whole version, but after a power cut it may be the one before.
+    content: str, bytes, or a function that writes to the open binary file it is given. The file
+    gets the umask's mode. before_commit(temp_path) runs once the bytes are on the disk and before
+    they have their name. durable=False leaves out the slow half (the drive's own cache on a Mac,
+    the directory): readers still see one whole version, but a power cut may bring the last back.
     Raises CheckpointError when the bytes cannot be stored; `path` is then as it was.
     """
-    atomic, wanted = AtomicFile(path), "some"
+    atomic = AtomicFile(path)
     try:
-        atomic.open()
-        try:
-            wanted = _fill(atomic.file, content)
-            atomic.sync(durable)
-        except OSError:
-            with contextlib.suppress(Exception):   # a function's size: it got at least this far
-                wanted = f"at least {atomic.file.tell():,}" if callable(content) else _size(content)
-            raise
+        _fill(atomic.open(), content)
+        atomic.sync(durable)
         if before_commit:
             before_commit(atomic.temp)
         atomic.commit(durable)
-    except OSError as error:
-        atomic.roll_back()   # first, so that the space it took counts as free
-        raise CheckpointError(_explain(error, Path(path), wanted)) from error
     except BaseException as error:
-        cause = _os_error_behind(error)
-        if cause:   # torch and zipfile bury a full disk under errors of their own
-            with contextlib.suppress(Exception):
-                wanted = f"at least {atomic.file.tell():,}"
-        atomic.roll_back()
-        if cause:
+        wanted = _bytes_wanted(atomic.file, content)
+        atomic.roll_back()   # first, so that the space it took counts as free
+        cause = os_error_behind(error)   # torch and zipfile bury a full disk under their own
+        if isinstance(error, OSError) or (cause and cause.errno in DISK_FULL):
             raise CheckpointError(_explain(cause, Path(path), wanted)) from error
         raise
     finally:
         atomic.close()
 
 
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
 def _fill(file, content):
     if callable(content):
         content(file)
-        return "some"
-    file.write(content.encode() if isinstance(content, str) else content)
-    return _size(content)
+    else:
+        file.write(content.encode() if isinstance(content, str) else content)
 
 
-def _size(content):
-    return f"{len(content.encode() if isinstance(content, str) else content):,}"
+def _bytes_wanted(file, content):
+    if not callable(content):
+        return f"{len(content.encode() if isinstance(content, str) else content):,}"
+    with contextlib.suppress(Exception):   # a function's size: it got at least this far
+        return f"at least {file.tell():,}"
+    return "some"
 
 
-def _os_error_behind(error):
-    """The full disk that a writer's own exception hides, if it does."""
-    seen = set()
-    while error is not None and id(error) not in seen:
-        seen.add(id(error))
-        if isinstance(error, OSError) and error.errno in DISK_FULL:
+def os_error_behind(error):
+    """The OSError that an exception is, or hides; None if there is none."""
+    seen = []
+    while error is not None and error not in seen:
+        if isinstance(error, OSError):
             return error
+        seen.append(error)
         error = error.__cause__ or error.__context__
     return None
-
-
-DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def _explain(error, path, wanted):
     reason = error.strerror or str(error)
     if error.errno in DISK_FULL:
-        return (f"{path}: not saved, {reason}: wanted {wanted} bytes, {free_bytes(path.parent):,} free. "
-                "All earlier files are intact. Make room and run the same command again: it goes on "
-                "from there")
-    return (f"{path}: cannot write ({reason}). All earlier files are intact. Mend that and run the same "
-            "command again")
+        return (f"{path}: not saved, {reason}: wanted {wanted} bytes, {free_bytes(path.parent):,} "
+                "free. All earlier files are intact. Make room and run the same command again: it "
+                "goes on from there")
+    return (f"{path}: cannot write ({reason}). All earlier files are intact. Mend that and run the "
+            "same command again")
 
 
 def sync_directory(directory):
@@ -657,20 +645,22 @@ def open_regular(path):
     return open(descriptor, "rb")
 
 
-# --------------------------------------------------------------------------------------------------
-# Is a file the one that was written? A checkpoint has a record of its SHA-256; a lasting result
+# ------------------------------------------------------------------------------------------------
+# Is a file the one that was written? A checkpoint has a record of its SHA-256. A lasting result
 # carries its own, so that it can be checked alone, on any copy, taken at any moment.
 
 SEAL = b"sha256:"
-SEAL_LENGTH = len(SEAL) + 64
+SEALED = re.compile(rb"sha256:([0-9a-f]{64})")
+LIKE_A_SEAL = re.compile(rb"sha256:|[0-9a-f]{20}")   # one flipped bit cannot spoil both
+SEAL_WITHIN = 100                                    # the last bytes of a file
 
 
 def write_sealed(path, content, note=""):
-    """Write a lasting result that vouches for itself: a zip-based file (.npz, .pt) or a JSON object.
+    """Write a lasting result that vouches for itself: a zip-based file (.npz, .pt), a JSON object.
 
-    Its last bytes name the SHA-256 of the file, taken with those 64 digits as zeros: at the end of a
-    zip's comment, where np.load and torch.load do not look, or as the last member "seal" of the JSON
-    object. note: words to keep in a zip's comment (see note_of). content as for write_atomic.
+    Its last bytes name the SHA-256 of the file, taken with those 64 digits as zeros: at the end of
+    a zip's comment, where np.load and torch.load do not look, or as the last member "seal" of the
+    JSON object. note: words to keep in a zip's comment (see note_of). content: see write_atomic.
     """
     def sealed(file):
         _fill(file, content)
@@ -691,18 +681,17 @@ def _seal(file, note):
         digits = size + len(comment) - 64
     else:
         file.seek(0)
-        text = file.read().rstrip()
-        if not text.endswith(b"}"):
+        body = file.read().rstrip()
+        if not body.endswith(b"}"):
             raise ValueError("only zip-based files and JSON objects can be sealed")
-        body = text[:-1].rstrip()
+        body = body[:-1].rstrip()
         body += b'\n "seal": "' if body.endswith(b"{") else b',\n "seal": "'
         file.seek(0)
         file.truncate()
         file.write(body + blank + b'"\n}\n')
         digits = len(body) + len(SEAL)
     file.flush()
-    file.seek(0)
-    digest = _sha256(file)
+    digest = _sha256(file, digits)
     file.seek(digits)
     file.write(digest.encode())
 
@@ -711,10 +700,10 @@ def note_of(path):
     """The note in the comment of a sealed zip-based file; "" if there is none."""
     try:
         with open_regular(path) as file, zipfile.ZipFile(file) as archive:
-            comment = archive.comment
+            note, found, _ = archive.comment.rpartition(SEAL)
     except (OSError, zipfile.BadZipFile):
         return ""
-    return comment[:-SEAL_LENGTH].decode(errors="replace").strip() if SEAL in comment else ""
+    return note.decode(errors="replace").strip() if found else ""
 
 
 def sha256(path):
@@ -723,10 +712,16 @@ def sha256(path):
         return _sha256(file)
 
 
-def _sha256(file):
-    digest = hashlib.sha256()
+def _sha256(file, blank=None):
+    """Of a whole open file; the 64 bytes from `blank` on count as zeros ("0")."""
+    file.seek(0)
+    digest, at = hashlib.sha256(), 0
     while block := file.read(1 << 20):
+        if blank is not None and at < blank + 64 and at + len(block) > blank:
+            low, high = max(blank - at, 0), min(blank + 64 - at, len(block))
+            block = block[:low] + b"0" * (high - low) + block[high:]
         digest.update(block)
+        at += len(block)
     return digest.hexdigest()
 
 
@@ -746,59 +741,53 @@ def problem_with(path, record=None):
                 return None if _sha256(file) == record["sha256"] else "checksum differs"
             if size == 0:
                 return "empty"
-            file.seek(max(0, size - 100))
+            file.seek(max(0, size - SEAL_WITHIN))
             tail = file.read()
-            if re.search(rb"sha256:|[0-9a-f]{20}", tail):   # a damaged seal is still known as one
-                return _seal_problem(file, size, tail)
-            return _zip_problem(file, size)
+            if not LIKE_A_SEAL.search(tail):
+                return _problem_of_unsealed(file, size)
+            seals = list(SEALED.finditer(tail))
+            if not seals:
+                return "its seal is damaged"
+            digest = _sha256(file, size - len(tail) + seals[-1].start(1))
+            return None if digest.encode() == seals[-1][1] else "checksum differs"
     except (OSError, MemoryError) as error:
         raise _unreadable(path, error) from error
 
 
-def _unreadable(path, error):
-    reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
-    return CheckpointError(f"{path}: cannot be read ({reason}). That does not make it bad: nothing was "
-                           "changed. Mend that and run the same command again")
+UNVOUCHED = "no checksum of it is recorded, and it is not a zip-based file"
 
 
-def _seal_problem(file, size, tail):
-    match = list(re.finditer(rb"sha256:([0-9a-f]{64})", tail))
-    if not match:
-        return "its seal is damaged"
-    digits = size - len(tail) + match[-1].start(1)
-    file.seek(0)
-    digest = hashlib.sha256()
-    at = 0
-    while block := file.read(1 << 20):
-        for i in range(max(at, digits), min(at + len(block), digits + 64)):
-            block = block[:i - at] + b"0" + block[i - at + 1:]
-        digest.update(block)
-        at += len(block)
-    return None if digest.hexdigest().encode() == match[-1][1] else "checksum differs"
-
-
-def _zip_problem(file, size):
+def _problem_of_unsealed(file, size):
     file.seek(0)
     if file.read(2) != b"PK":
-        return "no checksum of it is recorded, and it is not a zip-based file"
+        return UNVOUCHED
+    while file.read(1 << 20):   # zipfile would take an error of reading for damage
+        pass
     try:
         with zipfile.ZipFile(file) as archive:
-            bad = archive.testzip()
-            comment = len(archive.comment)
+            bad, comment = archive.testzip(), len(archive.comment)
     except (OSError, MemoryError):
         raise
     except Exception as error:   # zipfile raises a dozen types on damaged bytes
         return f"damaged zip ({str(error) or type(error).__name__})"
     file.seek(max(0, size - 22 - comment))
-    if not file.read(4) == b"PK\5\6":
+    end = file.read(22)
+    if not end.startswith(b"PK\5\6") or int.from_bytes(end[20:], "little") != comment:
         return "damaged zip (its end is cut off)"
     return f"member {bad} fails its CRC" if bad else None
 
 
-# --------------------------------------------------------------------------------------------------
+def _unreadable(path, error):
+    reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+    return CheckpointError(f"{path}: cannot be read ({reason}). That does not make it bad: nothing "
+                           "was changed. Mend that and run the same command again")
+
+
+# ------------------------------------------------------------------------------------------------
 # The store: names, records, verification, setting aside, retention.
 # checkpoints.jsonl holds a line a checkpoint, durable before the checkpoint has its name:
-# {"name", "start", "stop", "bytes", "sha256", "elapsed", "seal"}; for a state, start = stop.
+# {"name", "start", "stop", "bytes", "sha256", "elapsed", "seal"}; for a state, start = stop;
+# "complete" if finish() ended the work there.
 
 RECORDS = "checkpoints.jsonl"
 CHECKPOINT_NAME = re.compile(r"checkpoint_(\d+)((?:\.[A-Za-z0-9_-]+)+)(?<!\.tmp)(?<!\.corrupt)")
@@ -820,7 +809,7 @@ def find_checkpoints(directory):
 
 
 def read_records(directory):
-    """{file name: record}, in the order they were written. A torn or altered line is passed over.
+    """{file name: record}, in the order they were written; torn or altered lines are passed over.
 
     Raises CheckpointError if the file is there but cannot be read.
     """
@@ -854,32 +843,23 @@ class Store:
 
     def __init__(self, out, suffix):
         if not CHECKPOINT_NAME.fullmatch(f"checkpoint_0{suffix}"):
-            raise ValueError(f"suffix {suffix!r} is none: it must be like .json or .tar.gz, and not end "
-                             "in .tmp or .corrupt")
+            raise ValueError(f"suffix {suffix!r} is none: it must be like .json or .tar.gz, and "
+                             "not end in .tmp or .corrupt")
         self.out, self.suffix = out, suffix
-        self.records, self.newest = {}, None
-
-    def open(self):
-        sweep(self.out)
-        self.records = read_records(self.out)
-        self.newest = None
-
-    def all_checkpoints(self):
-        return find_checkpoints(self.out)
-
-    def found(self):
-        """[(number, path)] of our suffix. Raises CheckpointError if there are only others."""
-        every = self.all_checkpoints()
-        ours = [(n, path) for n, path in every if path.name == self.name(n)
-                or CHECKPOINT_NAME.fullmatch(path.name)[2] == self.suffix]
-        if every and not ours:
-            raise CheckpointError(f"{every[-1][1]}: the checkpoints here do not end in {self.suffix}, "
-                                  "which this run asks for. Nothing was changed; ask for the old suffix "
-                                  "or use another directory", WRONG_SETTINGS)
-        return ours
+        self.records, self.newest = {}, None   # {name: record}; the name of the newest checkpoint
 
     def name(self, number):
         return f"checkpoint_{number:05d}{self.suffix}"
+
+    def found(self):
+        """[(number, path)] of our suffix. Raises CheckpointError if there are only others."""
+        every = find_checkpoints(self.out)
+        ours = [(n, p) for n, p in every if CHECKPOINT_NAME.fullmatch(p.name)[2] == self.suffix]
+        if every and not ours:
+            raise CheckpointError(f"{every[-1][1]}: the checkpoints here do not end in "
+                                  f"{self.suffix}, which this run asks for. Nothing was changed; "
+                                  "ask for the old suffix or use another directory", WRONG_SETTINGS)
+        return ours
 
     def good(self, newest_only=False, length=None):
         """[(start, stop, path)] of the checkpoints that verify, in order; bad ones are set aside.
@@ -903,6 +883,7 @@ class Store:
         return good[::-1]
 
     def _examine(self, number, path, length):
+        """(first number after it, None), or (None, what is wrong with it)."""
         record = self.records.get(path.name)
         problem = problem_with(path, record)
         if problem or record:
@@ -919,14 +900,13 @@ class Store:
     def _refuse_all_bad(self, bad, states):
         names = "; ".join(f"{path.name}: {problem}" for path, problem in bad)
         todo = "bring back a good copy"
-        lost = not any(path.name in self.records for path, _ in bad)
-        if lost and states:
-            program = os.path.relpath(__file__)
-            todo += f", or go on from the newest as it is: python {program} accept {bad[0][0]}"
-        if lost:
-            todo += f" (of {RECORDS})"
-        raise CheckpointError(f"{self.out}: no checkpoint is good ({names}). Nothing was changed; {todo}; "
-                              f"or start over: mv {self.out} {self.out}.old")
+        if not any(path.name in self.records for path, _ in bad):
+            todo += f" of {RECORDS}"
+            if states:
+                program = os.path.relpath(__file__)
+                todo += f", or go on from the newest as it is: python {program} accept {bad[0][0]}"
+        raise CheckpointError(f"{self.out}: no checkpoint is good ({names}). Nothing was changed; "
+                              f"{todo}; or start over: mv {self.out} {self.out}.old")
 
     def set_aside(self, path, problem):
         """Rename a bad file to *.corrupt, never over another one, and say so."""
@@ -942,12 +922,11 @@ class Store:
         _warn(f"{path}: {problem}. Set aside as {aside.name}; the work it held is done again")
 
     def warn_of_what_is_gone(self, there):
-        # A kill between the newest record and its file's rename leaves a record without a file: no
-        # loss. Nor is one what was just set aside, which has been said.
+        # The newest record may stand without its file: a kill between record and rename, no loss.
+        # What was set aside has been said.
         for name in list(self.records)[:-1]:
-            path = self.out / name
-            if name not in there and not list(self.out.glob(f"{name}*.corrupt")):
-                _warn(f"{path} is gone; the work it held is done again")
+            if name not in there and not os.path.lexists(self.out / f"{name}.corrupt"):
+                _warn(f"{self.out / name} is gone; the work it held is done again")
 
     def add(self, start, stop, content, elapsed, complete=False):
         """Store a checkpoint: its record is durable before it has its name."""
@@ -956,17 +935,20 @@ class Store:
             raise CheckpointError(f"{path} exists already; a checkpoint is never overwritten")
 
         def record(temp):
-            known = {"name": path.name, "start": start, "stop": stop, "bytes": os.path.getsize(temp),
-                     "sha256": sha256(temp), "elapsed": round(elapsed, 1)}
+            known = {"name": path.name, "start": start, "stop": stop, "elapsed": round(elapsed, 1),
+                     "bytes": os.path.getsize(temp), "sha256": sha256(temp)}
             self._append(dict(known, complete=True) if complete else known)
         write_atomic(path, content, before_commit=record)
         self.newest = path.name
 
-    def mark_complete(self, number):
+    def mark_complete(self):
         """finish() came after the last save: say so in the newest record."""
         if not self.newest:
             raise CheckpointError(f"{self.out}: finished before anything was saved: save first")
-        self._append(dict(self.records[self.newest], complete=True))
+        try:
+            self._append(dict(self.records[self.newest], complete=True))
+        except OSError as error:
+            raise CheckpointError(_explain(error, self.out / RECORDS, "some")) from error
 
     def _append(self, record):
         # Appended, since rewriting all of it would cost the square of the number of checkpoints. A
@@ -976,8 +958,8 @@ class Store:
             if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
                 raise OSError(errno.EINVAL, f"{RECORDS} is not a regular file")
             size = file.seek(0, os.SEEK_END)
-            torn = b"\n" if size and os.pread(file.fileno(), 1, size - 1) != b"\n" else b""
-            line = torn + _record_line(record).encode()
+            torn = size and os.pread(file.fileno(), 1, size - 1) != b"\n"
+            line = (b"\n" if torn else b"") + _record_line(record).encode()
             try:
                 if file.write(line) != len(line):
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -991,14 +973,15 @@ class Store:
 
     def forget_what_is_gone(self):
         """Rewrite the records without torn lines and without files that are no longer there."""
-        self.records = {name: r for name, r in self.records.items() if (self.out / name).exists()}
+        there = {path.name for _, path in find_checkpoints(self.out)}
+        self.records = {name: r for name, r in self.records.items() if name in there}
         lines = "".join(_record_line(record) for record in self.records.values())
-        path = self.out / RECORDS
+        path, same = self.out / RECORDS, False
         try:
             with open_regular(path) as file:
                 same = file.read() == lines.encode()
         except FileNotFoundError:
-            same = False
+            pass
         except OSError as error:
             raise _unreadable(path, error) from error
         if not same:
@@ -1022,7 +1005,7 @@ class Store:
         newest = self.out / self.newest
         problem = problem_with(newest, self.records[newest.name])
         if problem:
-            raise CheckpointError(f"{newest}: {problem} when read back; the older checkpoints are kept")
+            raise CheckpointError(f"{newest}: {problem} when read back; older checkpoints are kept")
         for path in mine[:-keep]:
             with contextlib.suppress(OSError):
                 path.unlink()
@@ -1038,90 +1021,89 @@ def compare_settings(out, settings, may_grow, bind):
         before, run_id = dict(kept["settings"]), str(kept["run"])
     except FileNotFoundError:
         if bind:
-            raise CheckpointError(
-                f"{path} is missing, so the settings of the checkpoints beside it are unknown. Nothing "
-                "was changed; bring it back or use another directory") from None
-        before, run_id = None, os.urandom(3).hex()
+            raise CheckpointError(f"{path} is missing, so the settings of the checkpoints beside "
+                                  "it are unknown. Nothing was changed; bring it back or use "
+                                  "another directory") from None
+        before, run_id = {}, os.urandom(3).hex()
     except (OSError, ValueError, KeyError, TypeError, RecursionError, MemoryError) as error:
-        raise CheckpointError(f"{path} cannot be read ({_one_line(error)}). Nothing was changed; bring "
-                              "back a good copy or use another directory") from error
-    if before is not None and bind:   # before the first checkpoint nothing binds
-        differ = []
-        for key in sorted(before.keys() | asked.keys()):
-            old, new = before.get(key, "absent"), asked.get(key, "absent")
-            if key in may_grow and isinstance(old, int) and isinstance(new, int):
-                if new < old:
-                    differ.append(f"{key} was {old}, asked {new} (it may only grow)")
-            elif old != new:
-                differ.append(f"{key} was {json.dumps(old)}, asked {json.dumps(new)}")
-        if differ:
-            raise CheckpointError(
-                f"{path}: this run was started with other settings: {'; '.join(differ)}. Nothing was "
-                "changed; ask for the old settings or use another directory", WRONG_SETTINGS)
-    if before != asked:
+        raise CheckpointError(f"{path} cannot be read ({_one_line(error)}). Nothing was changed; "
+                              "bring back a good copy or use another directory") from error
+    differ = []
+    for key in sorted(before.keys() | asked.keys()) if bind else ():
+        old, new = before.get(key, "absent"), asked.get(key, "absent")
+        if key in may_grow and isinstance(old, int) and isinstance(new, int):
+            if new < old:
+                differ.append(f"{key} was {old}, asked {new} (it may only grow)")
+        elif old != new:
+            differ.append(f"{key} was {json.dumps(old)}, asked {json.dumps(new)}")
+    if differ:
+        raise CheckpointError(f"{path}: this run was started with other settings: "
+                              f"{'; '.join(differ)}. Nothing was changed; ask for the old settings "
+                              "or use another directory", WRONG_SETTINGS)
+    if before != asked or not path.exists():
         write_atomic(path, json.dumps({"run": run_id, "settings": asked}, indent=1) + "\n")
     return run_id
 
 
-# --------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 # The progress: its text, its heartbeat, its bar
 
 class Progress:
-    """PROGRESS.txt, written at checkpoints and by a heartbeat thread, and a live bar on a terminal."""
+    """PROGRESS.txt, written at checkpoints and by a heartbeat thread; a live bar on a terminal."""
 
     OURS = ("Status", "Error", "Progress", "Checkpoint", "Elapsed", "Rate", "ETA", "Last update",
             "Heartbeat", "Advanced", "Interval", "Run", "PID", "Host")
 
     def __init__(self, out, total, title, unit, heartbeat, stall_after):
         self.path, self.total = out / "PROGRESS.txt", None if total is None else int(total)
-        self.title, self.unit, self.heartbeat, self.stall_after = title, unit, heartbeat, stall_after
+        self.title, self.unit = title, unit
+        self.heartbeat, self.stall_after = heartbeat, stall_after
         self.id, self.newest, self.fields = "", None, {}
         self.done = self.durable = self.done_at_start = 0
         self.moved, self.longest_wait = time.monotonic(), 0.0   # since when; the longest so far
         self.began, self.elapsed_before = None, 0
-        self.expected = None                # (seconds, when said) of expect()
+        self.expected = None                # (seconds, when it was said) of expect()
         self._old = self._thread = None     # the bytes before announce(); the heartbeat
-        self._bar = self._warned = self._stalled = False
-        self._line_buffering = None         # stdout's, to be put back
+        self._bar = self._warned = self._stalled = self._stuck = False
+        self._buffering = None              # (stdout, its line_buffering), to be put back
         self._io, self._wake = threading.RLock(), threading.Event()
 
     def remember(self, records):
         """What earlier starts said: the time they worked, and the job's own lines."""
         before = read_progress(self.path)
-        seconds = re.match(r"\d{1,12}", before.get("Elapsed", ""))
+        seconds = re.fullmatch(r"(\d{1,12}) s", before.get("Elapsed", ""))
         times = [record.get("elapsed", 0) for record in records.values()]
-        self.elapsed_before = max([int(seconds[0]) if seconds else 0, *times])
+        self.elapsed_before = max([int(seconds[1]) if seconds else 0, *times])
         self.fields = {key: value for key, value in before.items() if key not in self.OURS}
         self.id = before.get("Run", "")
 
     def announce(self):
-        """Show the run before its total is known. A complete run stays complete until there is work."""
+        """Show the run before its total is known; a complete one stays so until there is work."""
         before = read_progress(self.path)
         if before.get("Status") == "COMPLETE":
             return
         with contextlib.suppress(OSError), open_regular(self.path) as file:
             self._old = file.read()
+        self.id = self.id or os.urandom(3).hex()
         counts = re.match(r"(\d{1,15})/(\d{1,15}) ", before.get("Progress", ""))
         if counts:
             self.done, self.total = int(counts[1]), int(counts[2])
-        self.id = self.id or os.urandom(3).hex()
         self._start()
         self.done, self.total = 0, None
 
     def take_back(self):
-        """Nothing came of the announcement: put the old file back, as far as there was one."""
-        if not self._thread:
-            return
-        self._stop_thread()
-        with contextlib.suppress(CheckpointError, OSError):
-            if self._old is not None:
-                write_atomic(self.path, self._old, durable=False)
-            else:
-                self.path.unlink()
+        """Nothing came of what was announced: put the old file back, as far as there was one."""
+        if self._thread:
+            self._stop_thread()
+            with contextlib.suppress(CheckpointError, OSError):
+                if self._old is not None:
+                    write_atomic(self.path, self._old, durable=False)
+                else:
+                    self.path.unlink()
 
     def begin(self):
         if hasattr(sys.stdout, "reconfigure"):   # a log is readable as it grows
-            self._line_buffering = sys.stdout, sys.stdout.line_buffering
+            self._buffering = sys.stdout, sys.stdout.line_buffering
             sys.stdout.reconfigure(line_buffering=True)
         self._bar = sys.stdout is not None and sys.stdout.isatty()
         self.began = self.moved = time.monotonic()
@@ -1143,24 +1125,24 @@ class Progress:
 
     def _stop_thread(self):
         self._wake.set()
-        if self._thread:
-            self._thread.join(timeout=3)   # one stuck in a dead file system must not hold us for ever
+        if self._thread:   # one stuck in a dead file system must not hold us for ever
+            self._thread.join(timeout=3)
             self._thread = None
 
     def end(self, status, error):
         self._stop_thread()
         self._reserve(False)
-        # In a thread of its own, for the same reason. Without one to be had, here.
-        last = threading.Thread(target=self.write, args=(status, error), daemon=True)
+        # The last word, tried twice, and for the same reason in a thread if one is to be had.
+        last = threading.Thread(target=lambda: self.write(status, error) or
+                                self.write(status, error), daemon=True)
         try:
             last.start()
+            last.join(timeout=10)
         except RuntimeError:
             self.write(status, error)
-        else:
-            last.join(timeout=10)
-        if self._line_buffering:
+        if self._buffering:
             with contextlib.suppress(OSError, ValueError):
-                self._line_buffering[0].reconfigure(line_buffering=self._line_buffering[1])
+                self._buffering[0].reconfigure(line_buffering=self._buffering[1])
 
     def _reserve(self, hold):
         """A few blocks kept back, so that a full disk still takes the PROGRESS.txt that says so."""
@@ -1194,15 +1176,13 @@ class Progress:
 
     def rate_text(self):
         rate = self.rate()
-        shown = f"{rate:.1f}" if rate >= 1 or rate == 0 else f"{rate:.3g}"
-        return f"{shown} {self.unit}/s"
+        return f"{rate:.1f}" if rate >= 1 or rate == 0 else f"{rate:.3g}"
 
     def eta(self):
         """Seconds left, or None."""
-        total = self.total or 0
+        total, rate = self.total or 0, self.rate()
         if self.expected and self.done < total:
             return max(0, self.expected[0] - (time.monotonic() - self.expected[1]))
-        rate = self.rate()
         if rate > 0:
             return (total - self.done) / rate
         return 0 if total and self.done >= total else None
@@ -1215,7 +1195,7 @@ class Progress:
             ("Progress", self.counts()),
             ("Checkpoint", f"{self.durable} ({self.newest})" if self.newest else "none"),
             ("Elapsed", f"{int(self.elapsed())} s"),
-            ("Rate", self.rate_text()),
+            ("Rate", f"{self.rate_text()} {self.unit}/s"),
             ("ETA", f"{eta:.0f} s ({when})" if when else "unknown"),
             *self.fields.items(),
             ("Last update", _utc(wall)),
@@ -1233,14 +1213,19 @@ class Progress:
     # -- writing it
 
     def write(self, status, error=None):
-        if not self._io.acquire(timeout=5):   # a write before this one hangs in a dead file system
-            return
+        """True if it was written. Never waits long for a write that hangs in a dead file system."""
+        if not self._io.acquire(timeout=0.01 if self._stuck else 5):
+            self._stuck = True
+            return False
         try:
             write_atomic(self.path, self.text(status, error), durable=False)
+            self._stuck = False
+            return True
         except CheckpointError as trouble:
             if not self._warned:
                 self._warned = True
                 _warn(f"{trouble} (the work goes on; this is said once)")
+            return False
         finally:
             self._io.release()
 
@@ -1253,9 +1238,9 @@ class Progress:
             self.log(f"{newest}  {self._summary()}")
 
     def _beat(self):
-        """The heartbeat's thread: PROGRESS.txt every `heartbeat` seconds; a bar is drawn more often."""
+        """The heartbeat's thread; a bar is drawn more often than PROGRESS.txt is written."""
         written = time.monotonic()
-        while not self._wake.wait(min(0.2, self.heartbeat) if self._bar else min(1, self.heartbeat)):
+        while not self._wake.wait(min(0.2 if self._bar else 1, self.heartbeat)):
             if self._bar:
                 self._draw_bar()
             now = time.monotonic()
@@ -1271,7 +1256,7 @@ class Progress:
     def _summary(self):
         eta = self.eta()
         left = "unknown" if eta is None else duration(eta)
-        return f"{self.counts()}  {self.rate_text()}  ETA {left}"
+        return f"{self.counts()}  {self.rate_text()} {self.unit}/s  ETA {left}"
 
     def _draw_bar(self):
         columns, summary = shutil.get_terminal_size().columns, self._summary()
@@ -1285,17 +1270,16 @@ class Progress:
 
 
 def read_progress(path):
-    """{key: value} of a PROGRESS.txt, {} if it cannot be read. Only the first line of each key counts."""
+    """{key: value} of a PROGRESS.txt, {} if it cannot be read. The first line of a key counts."""
     try:
         with open_regular(path) as file:
             lines = file.read(65536).decode(errors="replace").splitlines()[1:]
     except OSError:
         return {}
     pairs = [line.split(": ", 1) for line in lines if ": " in line]
-    first = {}
-    for key, value in pairs:
-        first.setdefault(key, _one_line(value))
-    return first
+    seen = {key: None for key, _ in pairs}   # in the order of the file
+    seen.update((key, _one_line(value)) for key, value in reversed(pairs))
+    return seen
 
 
 def _one_line(value):
@@ -1304,30 +1288,32 @@ def _one_line(value):
 
 def _utc(seconds):
     """None beyond what a calendar holds."""
-    try:
-        return time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(seconds)) if seconds < 2.5e11 else None
-    except (OverflowError, OSError, ValueError):
-        return None
+    with contextlib.suppress(OverflowError, OSError, ValueError):
+        if seconds < 2.5e11:   # the year 9892
+            return time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(seconds))
+    return None
 
 
 def duration(seconds):
     """Seconds as a person says them: 3 min 20 s."""
-    minutes, seconds = divmod(int(seconds + 0.5), 60)
+    minutes, seconds = divmod(int(min(seconds, 1e12) + 0.5), 60)
     hours, minutes = divmod(minutes, 60)
-    return (f"{hours} h {minutes} min" if hours else f"{minutes} min {seconds} s" if minutes
-            else f"{seconds} s")
+    if hours:
+        return f"{hours} h {minutes} min"
+    return f"{minutes} min {seconds} s" if minutes else f"{seconds} s"
 
 
-# --------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 # One writer a directory
 
 class DirectoryLock:
     """A kernel lock on DIRECTORY/.lock, signed with its holder. It dies with its process.
 
-    flock belongs to the open file: a job that opens and closes .lock itself (a copy of its directory)
-    does not lose it, and forked children, which would inherit it, close theirs at once.
+    flock belongs to the open file: a job that opens and closes .lock itself (to copy its own
+    directory) keeps it, and forked children, which would inherit it, close theirs at once.
     Raises CheckpointError, with exit code IN_USE and the holder's name if another one lives.
     """
+
     living = set()
 
     def __init__(self, directory):
@@ -1337,23 +1323,18 @@ class DirectoryLock:
             self.file = os.open(path, flags, 0o666)
         except OSError as error:
             raise CheckpointError(f"{directory}: cannot write here ({error.strerror}). Nothing was "
-                                  "changed; mend the permissions or use another directory") from error
+                                  "changed; mend that or use another directory") from error
         try:
-            if not stat.S_ISREG(os.fstat(self.file).st_mode):
-                raise CheckpointError(f"{path} is not a regular file. Nothing was changed; move it away")
             fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            holder = self._holder()
-            os.close(self.file)
-            raise CheckpointError(f"{directory} is in use by {holder}. Nothing was changed; wait for it "
-                                  "or stop it", IN_USE) from None
         except OSError as error:
+            in_use = isinstance(error, BlockingIOError)
+            holder = self._holder() if in_use else None
             os.close(self.file)
-            raise CheckpointError(f"{path}: this file system cannot lock ({error.strerror}); use a local "
-                                  "one") from error
-        except BaseException:
-            os.close(self.file)
-            raise
+            if in_use:
+                raise CheckpointError(f"{directory} is in use by {holder}. Nothing was changed; "
+                                      "wait for it or stop it", IN_USE) from None
+            raise CheckpointError(f"{path}: this file system cannot lock ({error.strerror}); use a "
+                                  "local one") from error
         self.living.add(self)
         text = f"PID {os.getpid()} on host {socket.gethostname()} since {_utc(time.time())}\n"
         with contextlib.suppress(OSError):   # a full disk: the lock holds all the same
@@ -1361,7 +1342,7 @@ class DirectoryLock:
             os.pwrite(self.file, text.encode(), 0)
 
     def _holder(self):
-        """The holder signs just after it locks, so a signature of a dead process is looked at again."""
+        """The holder signs just after it locks: a dead one's signature is looked at again."""
         for _ in range(20):
             text = os.pread(self.file, 500, 0).decode(errors="replace").strip()
             pid = re.match(r"PID (\d{1,9}) on host (.*) since", text)
@@ -1403,7 +1384,7 @@ def _alive(pid):
     return True
 
 
-# --------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 # Signals ask to stop; a second Ctrl-C insists
 
 class _Stop:
@@ -1412,7 +1393,8 @@ class _Stop:
     NUMBERS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
     def __init__(self):
-        self.number = self.last = None   # the signal that asks; the last that did, for the last word
+        self.mask = threading.local()    # what was blocked before a fork, by thread
+        self.number = self.last = None   # the signal that asks; the one to name in the last word
         self.at, self.users, self.before = 0.0, 0, {}
 
     def watch(self):
@@ -1420,11 +1402,11 @@ class _Stop:
         self.last = self.number
         if self.users == 1 and threading.current_thread() is threading.main_thread():
             for number in self.NUMBERS:
-                if signal.getsignal(number) is not signal.SIG_IGN:   # nohup ignores SIGHUP: so do we
+                if signal.getsignal(number) is not signal.SIG_IGN:   # nohup ignores SIGHUP
                     self.before[number] = signal.signal(number, self._ask)
 
     def unwatch(self, forget):
-        """Put back what was there. A stop that came too late to stop this run is kept for the next."""
+        """Put back what was there. A signal too late to stop this run is kept for the next one."""
         self.users -= 1
         if self.users == 0:
             self._put_back()
@@ -1439,31 +1421,38 @@ class _Stop:
     def _ask(self, number, frame):
         now = time.monotonic()
         if self.number is None:
-            self.number = self.last = number
-            self.at = now
-            hint = ""
-            if number == signal.SIGINT:
-                hint = ". Ctrl-C again ends at once, with what was saved before"
-            name = signal.Signals(number).name
-            _stderr.say(f"{name}: the work is being saved{hint}\n", wait=False)
+            self.number, self.last, self.at = number, number, now
+            hint = ". Ctrl-C again ends at once, with what was saved before"
+            _stderr.say(f"{signal.Signals(number).name}: the work is being saved"
+                        f"{hint if number == signal.SIGINT else ''}\n", wait=False)
         elif number == signal.SIGINT and now - self.at > 0.3:   # `timeout -s INT` sends two at once
-            signal.signal(signal.SIGINT, signal.SIG_DFL)   # and a third one needs nobody's help
+            signal.signal(signal.SIGINT, signal.SIG_DFL)   # a third one needs nobody's help
             raise KeyboardInterrupt
 
-    def leave_to_parent(self):
+    # A forked child gets the handlers back that were there before, so that Pool.terminate() ends
+    # it. A signal that finds it before it has them would be lost, and the pool would wait for ever:
+    # so signals wait while a process forks.
+
+    def before_fork(self):
+        self.mask.old = signal.pthread_sigmask(signal.SIG_BLOCK, self.NUMBERS)
+
+    def after_fork(self):
+        signal.pthread_sigmask(signal.SIG_SETMASK, self.mask.old)
+
+    def in_child(self):
         self._put_back()
         self.number, self.users = None, 0
+        self.after_fork()
 
 
-# --------------------------------------------------------------------------------------------------
-# Saying things where nobody may be reading: a stopped terminal or a full pipe must not stop the work
+# ------------------------------------------------------------------------------------------------
+# Saying things where nobody may be reading: a stopped terminal, a full pipe must not stop the work
 
 class _Voice:
-    """Lines to stdout or stderr, written by a thread that may hang in our place; some are dropped."""
+    """Lines to stdout or stderr, written by a thread that may hang in our place; some get lost."""
 
     def __init__(self, name):
-        self.name, self.pid = name, None
-        self.said = self.written = 0
+        self.name, self.pid, self.said, self.written = name, None, 0, 0
 
     def say(self, text, droppable=False, wait=True):
         stream = getattr(sys, self.name)
@@ -1481,9 +1470,8 @@ class _Voice:
         behind = self.said - self.written
         if behind > 200 or (droppable and behind):
             return
-        data = text.encode(getattr(stream, "encoding", None) or "utf-8", errors="replace")
         self.said += 1
-        self.queue.put((descriptor, data))
+        self.queue.put((descriptor, text.encode(stream.encoding or "utf-8", errors="replace")))
         # Keep the order with what the job itself prints, as long as somebody reads.
         end = time.monotonic() + 0.2
         while wait and not behind and self.written < self.said and time.monotonic() < end:
@@ -1492,13 +1480,13 @@ class _Voice:
     def _descriptor(self, stream):
         """The stream's descriptor if writing there directly is the same thing, else None."""
         if type(stream) is io.TextIOWrapper:
-            raw = getattr(stream.buffer, "raw", None)
+            raw = getattr(stream.buffer, "raw", stream.buffer)   # the buffer itself: python -u
             if type(raw) is io.FileIO:
                 return raw.fileno()
         return None
 
     def _start(self):
-        self.queue, self.said, self.written = queue.SimpleQueue(), 0, 0
+        self.queue, self.said, self.written = queue.SimpleQueue(), 0, 0   # its put() is reentrant
         self.pid = os.getpid()
         threading.Thread(target=self._speak, args=(self.queue,), name="voice", daemon=True).start()
 
@@ -1514,14 +1502,9 @@ class _Voice:
 _stop, _stdout, _stderr = _Stop(), _Voice("stdout"), _Voice("stderr")
 
 
-def _in_child():
-    """A forked child is no part of the run: it gets the signal handlers back that were there before,
-    so that Pool.terminate() ends it, and it holds nothing."""
-    DirectoryLock.close_in_child()
-    _stop.leave_to_parent()
-
-
-os.register_at_fork(after_in_child=_in_child)
+os.register_at_fork(before=_stop.before_fork, after_in_parent=_stop.after_fork,
+                    after_in_child=_stop.in_child)
+os.register_at_fork(after_in_child=DirectoryLock.close_in_child)
 
 
 def _warn(message):
@@ -1529,52 +1512,50 @@ def _warn(message):
 
 
 def _complain(error):
-    program = Path(sys.argv[0]).name or "python"
-    _stderr.say(f"{program}: error: {_one_line(error)}\n")
+    _stderr.say(f"{Path(sys.argv[0]).name or 'python'}: error: {_one_line(error)}\n")
 
 
 @contextlib.contextmanager
 def one_line_errors():
-    """Turn a CheckpointError or Ctrl-C into one line on stderr and its exit code: no stack trace."""
+    """Turn what a person or a machine did wrong into one line on stderr and its exit code."""
     try:
         yield
     except CheckpointError as error:
         _complain(error)
         raise SystemExit(error.exit_code) from None
+    except OSError as error:
+        _complain(f"{error.filename or 'a file'}: {error.strerror or error}. What was finished "
+                  "before is intact")
+        raise SystemExit(FAILED) from None
     except KeyboardInterrupt:
         _complain("stopped by Ctrl-C; what was finished before is intact")
         raise SystemExit(128 + signal.SIGINT) from None
 
 
 def tell(line):
-    """A line of a command's own output. A reader that has left (| head -1) is no error; that it cannot
-    be written (a full disk) is."""
+    """A line of a command's own output. A reader that has left (| head -1) is no error; a full
+    disk is."""
     try:
         print(line, flush=True)
-    except BrokenPipeError:
-        _silence_stdout()
     except OSError as error:
-        _silence_stdout()
-        raise CheckpointError(f"cannot write the output ({error.strerror})") from None
+        with contextlib.suppress(OSError, ValueError):   # or Python would fail again at its end
+            null = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(null, sys.stdout.fileno())
+            os.close(null)
+        if not isinstance(error, BrokenPipeError):
+            raise CheckpointError(f"cannot write the output ({error.strerror})") from None
 
 
-def _silence_stdout():
-    with contextlib.suppress(OSError, ValueError):   # or Python would fail once more at its end
-        null = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(null, sys.stdout.fileno())
-        os.close(null)
-
-
-# --------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 # python checkpointing.py status DIR ... / verify DIR ... / accept FILE ...
 
 USAGE = """usage: checkpointing.py status DIR ...   what every run below DIR is doing
-       checkpointing.py verify DIR ...   read every checkpoint and result; exit 1 naming the bad ones
+       checkpointing.py verify DIR ...   read all checkpoints and results; exit 1 naming bad ones
        checkpointing.py accept FILE ...  go on from this state although its record is lost"""
 
 
 def _directories(roots):
-    """(directory, names) of all below; hidden directories are a copy's half-finished files."""
+    """(directory, names) of all below; a hidden one holds a copy's half-finished files."""
     def stop(error):
         raise _unreadable(error.filename, error)
     for root in roots:
@@ -1586,21 +1567,20 @@ def _directories(roots):
 
 
 def status(roots):
-    """Print what every run below the directories is doing. Returns 0, or 1 if there is none."""
+    """Print what every run below the directories is doing. Returns 0; none is an error."""
     count = 0
     for directory, names in _directories(roots):
         if "PROGRESS.txt" not in names:
             continue
         count += 1
         progress = read_progress(directory / "PROGRESS.txt")
-        word = progress.get("Status", "UNREADABLE")
-        note = progress.get("Error", "")
+        word, note = progress.get("Status", "UNREADABLE"), progress.get("Error", "")
         if word in ("RUNNING", "STALLED"):
             with contextlib.suppress(ValueError, KeyError, OverflowError):
-                age = max(0, int(time.time()) - int(progress["Heartbeat"]))
-                note = (f"{progress.get('Rate', '')}  ETA {progress.get('ETA', '')}  heartbeat "
-                        f"{duration(age)} ago")
-                if progress.get("Host") == socket.gethostname() and not _alive(int(progress["PID"])):
+                age = duration(max(0, int(time.time()) - int(progress["Heartbeat"])))
+                note = f"{progress.get('Rate')}  ETA {progress.get('ETA')}  heartbeat {age} ago"
+                here = progress.get("Host") == socket.gethostname()
+                if here and not _alive(int(progress["PID"])):
                     word = "DEAD"
                     note = f"no process {progress['PID']}; run the same command again to go on"
         tell(f"{directory}: {word}  {progress.get('Progress', '')}  {note}".rstrip())
@@ -1610,77 +1590,61 @@ def status(roots):
 
 
 def verify(roots):
-    """Read every checkpoint and result below the directories. Returns 0, or 1 with the bad ones named."""
+    """Read every checkpoint and result below. Returns 0, or 1 with the bad ones named."""
     good = bad = 0
     for directory, names in _directories(roots):
         records = read_records(directory)
         for name in names:
-            path = directory / name
             try:
-                problem = _verdict_on(path, records)
+                problem = _verdict_on(directory / name, records)
             except FileNotFoundError:   # let go of by a run at work
                 continue
             if problem is not None:
                 good, bad = good + (not problem), bad + bool(problem)
                 if problem:
-                    tell(f"BAD {path}: {problem}")
+                    tell(f"BAD {directory / name}: {problem}")
         if read_progress(directory / "PROGRESS.txt").get("Status") == "COMPLETE":
             for record in records.values():   # of pieces, none may be missing
                 if record["start"] < record["stop"] and record["name"] not in names:
                     bad += 1
                     tell(f"BAD {directory / record['name']}: missing")
     tell(f"{good} files are whole, {bad} bad" if good or bad
-         else f"no checkpoints in {', '.join(roots)}")
+         else f"no checkpoints in {', '.join(str(root) for root in roots)}")
     return 1 if bad or not good else 0
 
 
 def _verdict_on(path, records):
-    """'' if a file is whole, what is wrong with it, or None if it is none of ours to judge."""
-    if path.name.startswith(".") or not stat.S_ISREG(os.stat(path).st_mode):
+    """"" if a file is whole, what is wrong with it, or None if it is not ours to judge."""
+    checkpoint = CHECKPOINT_NAME.fullmatch(path.name)
+    judged = checkpoint or path.suffix in (".npz", ".pt", ".json")
+    if not judged or path.name.startswith(".") or not stat.S_ISREG(os.stat(path).st_mode):
         return None
-    if not CHECKPOINT_NAME.fullmatch(path.name):
-        if path.suffix == ".json":
-            return _json_problem(path)
-        if path.suffix not in (".npz", ".pt"):
-            return None
     record = records.get(path.name)
-    if not record and CHECKPOINT_NAME.fullmatch(path.name):   # saved since we looked?
+    if checkpoint and not record:   # saved since we looked?
         record = read_records(path.parent).get(path.name)
-    return problem_with(path, record) or ""
-
-
-def _json_problem(path):
-    """Only a sealed JSON file can be judged; one that claims a seal must verify."""
-    with open_regular(path) as file:
-        size = os.fstat(file.fileno()).st_size
-        file.seek(max(0, size - 100))
-        tail = file.read()
-        if re.search(rb"sha256:|[0-9a-f]{20}", tail):
-            return _seal_problem(file, size, tail) or ""
-        file.seek(0)
-        start = file.read(2)
-    if path.name in ("run.json", "history.json"):
+    problem = problem_with(path, record) or ""
+    if problem == UNVOUCHED and not checkpoint and path.suffix == ".json":
+        with contextlib.suppress(RecursionError), open_regular(path) as file:
+            try:
+                json.loads(file.read())   # somebody else's, or history: not sealed, but whole
+            except ValueError:
+                return "neither sealed nor whole JSON"
         return None
-    return None if start[:1] in (b"{", b"[") and tail.rstrip()[-1:] in (b"}", b"]") else "cut off"
+    return problem
 
 
 def accept(files):
     """Record states whose record is lost, as they are, so that a run goes on from them."""
-    for path in (Path(name) for name in files):
+    for path in [Path(name) for name in files]:
         match = CHECKPOINT_NAME.fullmatch(path.name)
         if not match or not path.is_file():
             raise CheckpointError(f"{path}: no such checkpoint", WRONG_SETTINGS)
         with DirectoryLock(path.parent):
-            store = Store(path.parent, match[2])
-            store.open()
-            if path.name in store.records:
+            store, number = Store(path.parent, match[2]), int(match[1])
+            if path.name in read_records(path.parent):
                 raise CheckpointError(f"{path} has its record; nothing was changed", WRONG_SETTINGS)
-            number = int(match[1])
-            try:
-                store._append({"name": path.name, "start": number, "stop": number,
-                               "bytes": path.stat().st_size, "sha256": sha256(path), "elapsed": 0})
-            except OSError as error:
-                raise CheckpointError(_explain(error, path.parent / RECORDS, "some")) from error
+            store._append({"name": path.name, "start": number, "stop": number, "elapsed": 0,
+                           "bytes": path.stat().st_size, "sha256": sha256(path)})
         tell(f"{path}: recorded as it is; run the job's command again to go on from it")
     return 0
 
@@ -1688,16 +1652,13 @@ def accept(files):
 def main(arguments):
     commands = {"status": status, "verify": verify, "accept": accept}
     with one_line_errors():
-        if arguments and arguments[0] in ("-h", "--help"):
+        if arguments[:1] in (["-h"], ["--help"]):
             tell(USAGE)
             return 0
         if len(arguments) < 2 or arguments[0] not in commands:
             raise CheckpointError("type status, verify or accept, and what to look at; see --help",
                                   WRONG_SETTINGS)
-        try:
-            return commands[arguments[0]](arguments[1:])
-        except OSError as error:
-            raise _unreadable(error.filename or "a file", error) from error
+        return commands[arguments[0]](arguments[1:])
 
 
 if __name__ == "__main__":

@@ -14,16 +14,17 @@ Sample i depends on the settings and i alone, on any machine: random numbers com
 (Philox, Salmon et al. 2011) at a place computed from i, and the arithmetic uses only operations that IEEE 754 rounds
 correctly (no library sine, no reordered sums), so that it does not matter how the work is cut.
 """
+from settings import option, parse_settings   # first: now Ctrl-C or no numpy is one line
+
 import io
 import math
 import re
 import zipfile
 from dataclasses import dataclass
 
-import checkpointing
-from settings import option, parse_settings   # before numpy: a missing one is then one line
+import numpy as np
 
-import numpy as np   # noqa: E402, I001
+import checkpointing
 
 CLASSES = ("linear", "circular", "helical", "parabolic")   # label = index here = sample index mod 4
 RECIPE = 1               # raise it when a change below changes a byte of any sample

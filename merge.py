@@ -6,18 +6,20 @@
 
 The data set is the same, byte for byte, however the work was cut, interrupted or spread (for one version of zlib, which
 compresses it). Memory holds a megabyte of it at a time. On any doubt nothing is written: gaps, overlaps, damaged files,
-settings that differ, NaN. Exit codes: 0 done; 1 refused, with the file and the range; 2 wrong arguments.
+settings that differ, NaN. The set carries the settings that made it and its own SHA-256, which `checkpointing.py
+verify` checks. Exit codes: 0 done; 1 refused, with the file and the range; 2 wrong arguments.
 """
+from settings import OneLineParser   # first: now Ctrl-C or no numpy is one line
+
 import json
 import os
 import zipfile
 from pathlib import Path
 
+import numpy as np
+
 import checkpointing
 from checkpointing import CheckpointError
-from settings import OneLineParser   # before numpy: a missing one is then one line
-
-import numpy as np   # noqa: E402, I001
 
 CLASSES = ("linear", "circular", "helical", "parabolic")
 BLOCK = 1 << 20   # bytes handed to the compressor at once, whatever the checkpoints' sizes: same cuts, same bytes
@@ -36,24 +38,25 @@ def main():
 
 def merge(runs, out, partial):
     directories = run_directories(runs)
-    n, per_sample = agreed_settings(directories)
+    n, per_sample, made_by = agreed_settings(directories)
     parts, bad = readable_parts(directories, per_sample)
     missing = check_cover(parts, bad, n, partial)
-    check_may_replace(out, sum(part["stop"] - part["start"] for part in parts))
+    total = sum(part["stop"] - part["start"] for part in parts)
+    check_may_replace(out, total, made_by)
 
     counts = np.zeros(len(CLASSES), np.int64)
     out.parent.mkdir(parents=True, exist_ok=True)
     checkpointing.sweep(out.parent)
-    checkpointing.write_atomic(out, lambda file: write_data_set(file, parts, counts))
+    checkpointing.write_sealed(out, lambda file: write_data_set(file, parts, counts), note=made_by)
 
-    total = sum(part["stop"] - part["start"] for part in parts)
-    print(f"{out}: {total} samples from {len(parts)} checkpoints, {os.path.getsize(out):,} bytes")
+    tell = checkpointing.tell
+    tell(f"{out}: {total} samples from {len(parts)} checkpoints, {os.path.getsize(out):,} bytes")
     for name, (dtype, shape) in parts[0]["arrays"].items():
-        print(f"  {name}: {dtype} {(total, *shape)}")
-    print("  classes: " + ", ".join(f"{name} {count}" for name, count in zip(CLASSES, counts)))
-    print(f"  sha256: {checkpointing.sha256(out)}")
+        tell(f"  {name}: {dtype} {(total, *shape)}")
+    tell("  classes: " + ", ".join(f"{name} {count}" for name, count in zip(CLASSES, counts)))
+    tell(f"  sha256: {checkpointing.sha256(out)}")
     for start, stop, why in missing:
-        print(f"  missing: {start} to {stop - 1}{why}")
+        tell(f"  missing: {start} to {stop - 1}{why}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -74,7 +77,7 @@ def run_directories(runs):
 
 
 def agreed_settings(directories):
-    """(n, {array: (dtype, shape of one sample)}) that the settings of all runs ask for."""
+    """(n, {array: (dtype, shape of one sample)}, the other settings in one line) of all runs."""
     first = None
     for directory in directories:
         path = directory / "run.json"
@@ -91,8 +94,10 @@ def agreed_settings(directories):
             if first[1].get(key) != settings.get(key):
                 raise CheckpointError(f"{path}: {key} is {settings.get(key)}, but {first[1].get(key)} in {first[0]}: "
                                       "these runs do not belong together; nothing was written")
-    return n, {"videos": ("uint8", (t, c, s, s)), "labels": ("int64", ()),
-               "trajectory_3d": ("float32", (t, 3)), "trajectory_2d": ("float32", (t, 2))}
+    settings.pop("n")
+    arrays = {"videos": ("uint8", (t, c, s, s)), "labels": ("int64", ()),
+              "trajectory_3d": ("float32", (t, 3)), "trajectory_2d": ("float32", (t, 2))}
+    return n, arrays, json.dumps(settings, sort_keys=True)
 
 
 def readable_parts(directories, per_sample):
@@ -130,6 +135,8 @@ def headers(path):
                     if fortran and len(shape) > 1:
                         return arrays, f"{name} is in Fortran order"
     except Exception as error:   # zipfile and numpy raise a dozen types on foreign bytes
+        if isinstance(error, MemoryError) or checkpointing.os_error_behind(error):
+            raise CheckpointError(f"{path}: cannot be read ({error}); nothing was written") from error
         return arrays, f"not a checkpoint ({type(error).__name__}: {error})"
     return arrays, None
 
@@ -161,8 +168,8 @@ def check_cover(parts, bad, n, partial):
     return missing
 
 
-def check_may_replace(out, n):
-    """Refuse to write over anything but a smaller or equal data set of ours."""
+def check_may_replace(out, n, made_by):
+    """Refuse to write over anything but a smaller or equal data set of the same settings."""
     if checkpointing.CHECKPOINT_NAME.fullmatch(out.name) or (out.exists() and not out.is_file()):
         raise CheckpointError(f"{out}: not a name for a data set; choose another --out", checkpointing.WRONG_SETTINGS)
     if out.exists():
@@ -170,6 +177,10 @@ def check_may_replace(out, n):
         if problem or "videos" not in arrays or "labels" not in arrays:
             raise CheckpointError(f"{out} exists and is not a whole data set made by merge.py; it is left alone. Move "
                                   "it away or choose another --out")
+        kept = checkpointing.note_of(out)
+        if kept != made_by:
+            raise CheckpointError(f"{out} was made with other settings ({kept or 'it does not say which'}), not "
+                                  f"{made_by}; it is left alone. Move it away or choose another --out")
         if arrays["videos"][1][0] > n:
             raise CheckpointError(f"{out} has {arrays['videos'][1][0]} samples, more than these {n}; it is left alone. "
                                   "Move it away or choose another --out")

@@ -2,12 +2,29 @@
 
 Imported first by every stage: from here on Ctrl-C and a missing package end in one line.
 """
-import argparse
-import dataclasses
 import os
 import sys
 
-from checkpointing import WRONG_SETTINGS
+
+def one_line_at_the_top(kind, error, trace):
+    """sys.excepthook of the stages: what a person did or lacks is one line; bugs keep a trace."""
+    program = os.path.basename(sys.argv[0])
+    if issubclass(kind, KeyboardInterrupt):
+        print(f"{program}: stopped by Ctrl-C", file=sys.stderr)
+    elif issubclass(kind, ModuleNotFoundError) and error.name in ("numpy", "torch"):
+        print(f"{program}: error: {error.name} is not installed for {sys.executable}. Type: "
+              "python3 -m venv .venv && .venv/bin/pip install -r requirements.txt, then use "
+              ".venv/bin/python", file=sys.stderr)
+    else:
+        sys.__excepthook__(kind, error, trace)
+
+
+sys.excepthook = one_line_at_the_top
+
+import argparse   # noqa: E402
+import dataclasses   # noqa: E402
+
+from checkpointing import WRONG_SETTINGS   # noqa: E402
 
 
 def option(default, help):
@@ -37,19 +54,3 @@ def parse_settings(kind, description, argv=None):
             parser.add_argument(f"--{name}", dest=field.name, default=default, help=text + shown,
                                 type=str if default is None else type(default))
     return parser, kind(**vars(parser.parse_args(argv)))
-
-
-def one_line_at_the_top(kind, error, trace):
-    """sys.excepthook of the stages: what a person did or lacks is one line, a bug keeps its trace."""
-    program = os.path.basename(sys.argv[0])
-    if issubclass(kind, KeyboardInterrupt):
-        print(f"{program}: stopped by Ctrl-C", file=sys.stderr)
-    elif issubclass(kind, ModuleNotFoundError) and error.name in ("numpy", "torch"):
-        print(f"{program}: error: {error.name} is not installed for {sys.executable}. Type: python3 -m "
-              "venv .venv && .venv/bin/pip install -r requirements.txt, then use .venv/bin/python",
-              file=sys.stderr)
-    else:
-        sys.__excepthook__(kind, error, trace)
-
-
-sys.excepthook = one_line_at_the_top

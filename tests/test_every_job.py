@@ -1,0 +1,845 @@
+"""A stranger's job behaves under Run as it does without: forks, pools, threads, terminals, faults."""
+import errno
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import zipfile
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, command, kill, need, run, start, wait_for
+
+import checkpointing
+from checkpointing import CheckpointError, Run, find_checkpoints, problem_with, read_progress
+
+JOB = "tests/counting_job.py"
+HEAD = f"import sys; sys.path.insert(0, {str(ROOT)!r})\nimport checkpointing, json, os, signal, time\n"
+
+
+def job(tmp_path, code):
+    """A script with the usual head; `out` is its run directory."""
+    path = tmp_path / "job.py"
+    path.write_text(HEAD + f"out = {str(tmp_path / 'out')!r}\n" + code)
+    return path
+
+
+def finish(path, *more, code=0, timeout=60, **options):
+    done = subprocess.run([sys.executable, path, *more], capture_output=True, text=True, timeout=timeout, **options)
+    assert done.returncode == code, f"exit {done.returncode}\n{done.stdout}{done.stderr}"
+    return done
+
+
+# -- forks, pools, threads
+
+
+POOL = """
+import multiprocessing
+def square(i):
+    return i * i
+if __name__ == "__main__":
+    multiprocessing.set_start_method("fork")
+    with checkpointing.Run(out, 40, every=4, suffix=".json", max_minutes=1) as run:
+        values = run.load(json.load, default=[])
+        for i in run.steps(lambda file: file.write(json.dumps(values).encode())):
+            with multiprocessing.Pool(4) as pool:
+                values.append(sum(pool.map(square, range(20))))
+    assert len(values) == 40
+"""
+
+
+def test_pools_inside_a_run_end_each_time_also_when_four_such_jobs_run_at_once(tmp_path):
+    """Without the handlers given back to forked workers, terminate() hangs now and then: 160 pools."""
+    jobs = []
+    for i in range(4):
+        (tmp_path / str(i)).mkdir()
+        jobs.append(subprocess.Popen([sys.executable, job(tmp_path / str(i), POOL)], stdout=subprocess.DEVNULL))
+    for process in jobs:
+        assert process.wait(timeout=120) == 0
+
+
+def test_forked_workers_have_the_signal_handlers_that_were_there_before(tmp_path):
+    code = """
+def mine(*_): pass
+signal.signal(signal.SIGTERM, mine)
+with checkpointing.Run(out, 10) as run:
+    run.begin()
+    assert signal.getsignal(signal.SIGTERM) is not mine
+    if os.fork() == 0:
+        os._exit(0 if signal.getsignal(signal.SIGTERM) is mine
+                 and signal.getsignal(signal.SIGINT) is signal.default_int_handler else 7)
+    assert os.waitstatus_to_exitcode(os.wait()[1]) == 0
+    run.save(10, "x")
+assert signal.getsignal(signal.SIGTERM) is mine and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+"""
+    finish(job(tmp_path, code))
+
+
+@pytest.mark.parametrize("leaving", ["sys.exit(0)", "sys.exit(3)", "pass", "raise ValueError('child')", "os._exit(0)",
+                                     "run.save(1, 'x')", "run.finish(); os._exit(0)"])
+def test_a_forked_child_that_leaves_the_block_changes_nothing_on_disk(tmp_path, leaving):
+    code = f"""
+def files():
+    return {{name: open(os.path.join(out, name), 'rb').read() for name in os.listdir(out)}}
+with checkpointing.Run(out, 10, heartbeat=3600) as run:
+    run.begin()
+    run.save(5, "x")
+    before, parent = files(), os.getpid()
+    child = os.fork()
+    if child == 0:
+        {leaving}
+    else:
+        os.waitpid(child, 0)
+        assert files() == before, (before, files())
+        run.save(10, "y")
+if os.getpid() != parent:
+    os._exit(0)
+"""
+    finish(job(tmp_path, code))
+    assert read_progress(tmp_path / "out" / "PROGRESS.txt")["Status"] == "COMPLETE"
+
+
+def test_process_pool_executor_threads_and_subprocesses_work_inside_a_run(tmp_path):
+    code = """
+import concurrent.futures, multiprocessing, subprocess
+def double(i): return 2 * i
+if __name__ == "__main__":
+    context = multiprocessing.get_context("fork")
+    with checkpointing.Run(out, 3, every=1, suffix=".json") as run:
+        values = run.load(json.load, default=[])
+        for i in run.steps(lambda file: file.write(json.dumps(values).encode())):
+            with concurrent.futures.ProcessPoolExecutor(2, mp_context=context) as processes, \\
+                    concurrent.futures.ThreadPoolExecutor(2) as threads:
+                shell = subprocess.run(["sh", "-c", "trap"], capture_output=True, text=True, check=True)
+                assert not shell.stdout
+                values.append(list(processes.map(double, [i])) + list(threads.map(double, [i])))
+    assert values == [[0, 0], [2, 2], [4, 4]]
+"""
+    finish(job(tmp_path, code))
+
+
+def test_a_data_loader_with_workers_works_inside_a_run(tmp_path):
+    code = """
+import torch
+class Data(torch.utils.data.Dataset):
+    def __len__(self): return 64
+    def __getitem__(self, i): return torch.tensor(i)
+if __name__ == "__main__":
+    with checkpointing.Run(out, 3, every=1, suffix=".json") as run:
+        seen = run.load(json.load, default=[])
+        for epoch in run.steps(lambda file: file.write(json.dumps(seen).encode())):
+            loader = torch.utils.data.DataLoader(Data(), batch_size=8, num_workers=2)
+            seen.append(int(sum(batch.sum() for batch in loader)))
+    assert seen == [2016] * 3
+"""
+    finish(job(tmp_path, code))
+
+
+def test_nested_runs_runs_one_after_the_other_and_a_run_entered_twice(tmp_path):
+    code = """
+def state(file): file.write(b"x")
+with checkpointing.Run(out, 2, every=1) as outer:
+    for i in outer.steps(state):
+        with checkpointing.Run(f"{out}/inner{i}", 2, every=1) as inner:
+            for j in inner.steps(state): pass
+        assert signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL   # still the outer's
+assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+with checkpointing.Run(f"{out}2", 1) as again:
+    for i in again.steps(state): pass
+try:
+    with again: pass
+except RuntimeError as error:
+    assert "entered before" in str(error)
+else:
+    raise AssertionError
+"""
+    finish(job(tmp_path, code))
+    done = finish(ROOT / "checkpointing.py", "status", tmp_path)
+    assert done.stdout.count("COMPLETE") == 4
+
+
+def test_a_signal_in_a_nested_run_stops_both_as_interrupted(tmp_path):
+    code = """
+def state(file): file.write(b"x")
+with checkpointing.Run(out, 2, every=1) as outer:
+    for i in outer.steps(state):
+        with checkpointing.Run(f"{out}/inner", 1000, every=1000) as inner:
+            for j in inner.steps(state):
+                if j == 10: os.kill(os.getpid(), signal.SIGTERM)
+"""
+    finish(job(tmp_path, code), code=143)
+    for directory in (tmp_path / "out", tmp_path / "out" / "inner"):
+        assert read_progress(directory / "PROGRESS.txt")["Status"] == "INTERRUPTED"
+    assert [n for n, _ in find_checkpoints(tmp_path / "out" / "inner")] == [11]
+
+
+IMAP = """
+import multiprocessing
+def simulate(i):
+    time.sleep(0.01)
+    return i * i
+if __name__ == "__main__":
+    signals = dict(initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN))
+    with checkpointing.Run(out, 300, every=50, suffix=".json") as run, multiprocessing.Pool(2, **signals) as pool:
+        values = run.load(json.load, default=[])
+        write = lambda file: file.write(json.dumps(values).encode())
+        for i, value in zip(run.steps(write), pool.imap(simulate, range(run.done, 300))):
+            values.append(value)
+"""
+
+
+def test_the_recipe_for_a_pool_survives_ctrl_c_in_the_terminal(tmp_path):
+    """Ctrl-C reaches all processes of the terminal, the workers too."""
+    path = job(tmp_path, IMAP)
+    stops = 0
+    while True:
+        process = subprocess.Popen([sys.executable, path], start_new_session=True, stderr=subprocess.PIPE, text=True)
+        time.sleep(0.6)
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGINT)
+        errors = process.communicate(timeout=30)[1]
+        if process.returncode == 0:
+            break
+        assert process.returncode == 130 and "Traceback" not in errors, errors
+        assert errors.count("Ctrl-C again ends at once") == 1
+        stops += 1
+    assert stops >= 2
+    assert json.loads(find_checkpoints(tmp_path / "out")[-1][1].read_bytes()) == [i * i for i in range(300)]
+
+
+def test_a_second_ctrl_c_ends_a_job_whose_pool_died_of_the_first(tmp_path):
+    """Workers that do not ignore SIGINT die of it and imap waits for ever: a second one insists."""
+    code = IMAP.replace("initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN)", "") \
+        .replace("signals = dict()", "signals = {}")
+    process = subprocess.Popen([sys.executable, job(tmp_path, code)], start_new_session=True, stdout=subprocess.DEVNULL,
+                               stderr=subprocess.DEVNULL)
+    wait_for(lambda: find_checkpoints(tmp_path / "out"), "a checkpoint")
+    os.killpg(process.pid, signal.SIGINT)
+    time.sleep(1)
+    if process.poll() is None:
+        os.killpg(process.pid, signal.SIGINT)
+    assert process.wait(timeout=15) == 130
+    assert read_progress(tmp_path / "out" / "PROGRESS.txt")["Status"] == "INTERRUPTED"
+
+
+def test_a_second_ctrl_c_ends_at_once_with_what_was_saved_before(tmp_path):
+    code = """
+with checkpointing.Run(out, 10, every=1, suffix=".json") as run:
+    for i in run.steps(lambda file: file.write(b"[]")):
+        if i == 2:
+            print("in the long step", flush=True)
+            time.sleep(60)
+"""
+    process = subprocess.Popen([sys.executable, job(tmp_path, code)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while "long step" not in process.stdout.readline():
+        pass
+    process.send_signal(signal.SIGINT)
+    time.sleep(0.5)
+    assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    out, errors = process.communicate(timeout=10)
+    assert process.returncode == 130 and "Traceback" not in errors, errors
+    assert "Ctrl-C again ends at once" in errors and "2/10 steps are saved" in out
+    assert [n for n, _ in find_checkpoints(tmp_path / "out")] == [1, 2]
+
+
+# -- early ends
+
+
+SEARCH = """
+with checkpointing.Run(out, 1000, every=10, suffix=".json") as run:
+    values = run.load(json.load, default=[])
+    for i in run.steps(lambda file: file.write(json.dumps(values).encode())):
+        values.append(i * i)
+        if i == 25:
+            %s
+print(run.done, run.total, len(values))
+"""
+
+
+def test_break_saves_what_was_done_and_says_that_it_is_not_complete(tmp_path):
+    done = finish(job(tmp_path, SEARCH % "break"), code=1)
+    assert "stopped by the program itself: 26/1000 steps are saved" in done.stdout
+    assert read_progress(tmp_path / "out" / "PROGRESS.txt")["Status"] == "INTERRUPTED"
+    (tmp_path / "job.py").write_text((tmp_path / "job.py").read_text().replace("i == 25", "False"))
+    finish(tmp_path / "job.py")
+    assert json.loads(find_checkpoints(tmp_path / "out")[-1][1].read_bytes()) == [i * i for i in range(1000)]
+
+
+@pytest.mark.parametrize("end", ["run.finish()", "run.finish(); break"])
+def test_a_search_that_found_its_answer_is_complete_and_stays_so(tmp_path, end):
+    for _ in range(2):
+        done = finish(job(tmp_path, SEARCH % end))
+        assert "26 26 26" in done.stdout
+        progress = read_progress(tmp_path / "out" / "PROGRESS.txt")
+        assert progress["Status"] == "COMPLETE" and progress["Progress"] == "26/26 steps (100%)"
+
+
+def test_an_exception_in_a_step_saves_nothing_of_it_and_says_what_is_saved_and_done_again(tmp_path):
+    done = finish(job(tmp_path, SEARCH % "raise ValueError('no')"), code=1)
+    assert "failed with ValueError: 20/1000 steps are saved, 5 are done again" in done.stderr
+    assert [n for n, _ in find_checkpoints(tmp_path / "out")] == [10, 20]
+
+
+def test_pieces_may_end_early_too(tmp_path):
+    code = """
+with checkpointing.Run(out, 100, every=10, suffix=".txt") as run:
+    for piece in run.pieces():
+        for i in piece: pass
+        piece.save(f"{piece.start} {piece.done}")
+        if piece.start == 30: run.finish()
+"""
+    for _ in range(2):
+        finish(job(tmp_path, code))
+        assert read_progress(tmp_path / "out" / "PROGRESS.txt")["Progress"] == "40/40 steps (100%)"
+    finish(ROOT / "checkpointing.py", "verify", tmp_path)
+
+
+def test_a_state_that_cannot_be_written_shows_at_the_first_step(tmp_path):
+    code = """
+with checkpointing.Run(out, 1000, every=500, suffix=".json") as run:
+    for i in run.steps(lambda file: file.write("forgot to encode")):
+        open(f"{out}/step", "a").write("x")
+"""
+    done = finish(job(tmp_path, code), code=1)
+    assert "TypeError" in done.stderr and (tmp_path / "out" / "step").read_text() == "x"
+
+
+def test_a_total_that_shrank_is_refused_not_called_complete(tmp_path):
+    run(JOB, tmp_path, 50)
+    done = run(JOB, tmp_path, 30, code=2)
+    assert "more than the 30 asked for" in done.stderr
+    assert read_progress(tmp_path / "PROGRESS.txt")["Status"] == "COMPLETE"
+    run(JOB, tmp_path, 60)
+
+
+def test_a_signal_in_the_last_step_ends_complete(tmp_path):
+    code = """
+with checkpointing.Run(out, 10, every=5, suffix=".json") as run:
+    for i in run.steps(lambda file: file.write(b"[]")):
+        if i == 9: os.kill(os.getpid(), signal.SIGTERM)
+"""
+    finish(job(tmp_path, code))
+    assert read_progress(tmp_path / "out" / "PROGRESS.txt")["Status"] == "COMPLETE"
+
+
+# -- a loop of one's own, and a total that is known late
+
+
+OWN = """
+with checkpointing.Run(out, suffix=".json", title="Own", heartbeat=0.05) as run:
+    time.sleep(float(os.environ.get("LOADING", 0)))
+    run.plan(total=50, settings={"seed": int(os.environ.get("SEED", 0))})
+    done = run.load(json.load, default=0)
+    if done < run.total:
+        run.begin()
+        while done < run.total:
+            time.sleep(0.01)
+            done += 1
+            run.update(done, Loss=f"{1 / done:.3f}")
+            run.expect(50 - done)
+            if done == run.total or run.due():
+                run.save(done, json.dumps(done))
+            run.leave_if_asked()
+"""
+
+
+def test_a_loop_of_ones_own_saves_when_asked_to_stop_and_goes_on(tmp_path):
+    path = job(tmp_path, OWN)
+    process = subprocess.Popen([sys.executable, path])
+    wait_for(lambda: read_progress(tmp_path / "out" / "PROGRESS.txt").get("Loss"), "the loop")
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(30) == 143
+    saved = find_checkpoints(tmp_path / "out")[-1][0]
+    assert 0 < saved < 50
+    finish(path)
+    assert read_progress(tmp_path / "out" / "PROGRESS.txt")["Loss"] == "0.020"
+
+
+def test_a_run_shows_while_it_is_still_loading_and_a_refusal_takes_that_back(tmp_path):
+    path, progress = job(tmp_path, OWN), tmp_path / "out" / "PROGRESS.txt"
+    slow = {**os.environ, "LOADING": "1"}
+    process = subprocess.Popen([sys.executable, path], env=slow)
+    wait_for(lambda: read_progress(progress).get("Status") == "RUNNING", "its announcement", 10)
+    assert read_progress(progress)["Progress"] == "0/0 steps (0.0%)" and not find_checkpoints(tmp_path / "out")
+    wait_for(lambda: int(read_progress(progress).get("Progress", "0/0").split("/")[0]) > 5, "the loop")
+    process.send_signal(signal.SIGTERM)
+    process.wait()
+    before = progress.read_bytes()
+    finish(path, code=2, env={**os.environ, "SEED": "1"})
+    assert progress.read_bytes() == before
+    finish(path)
+    complete = progress.read_bytes()
+    finish(path, env={**os.environ, "LOADING": "0.2"})   # complete: no flicker to RUNNING, Loss stays
+    assert progress.read_bytes() == complete
+
+
+# -- the lock
+
+
+def test_a_job_that_copies_its_own_directory_keeps_its_lock(tmp_path):
+    code = """
+import shutil
+with checkpointing.Run(out, 10) as run:
+    run.begin()
+    shutil.copytree(out, out + "_copy")
+    print("copied", flush=True)
+    time.sleep(60)
+"""
+    process = subprocess.Popen([sys.executable, job(tmp_path, code)], stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "copied\n"
+    done = run(JOB, tmp_path / "out", 10, code=75)
+    kill(process)
+    assert f"PID {process.pid} " in done.stderr
+
+
+def test_the_refused_are_told_the_living_holder_while_it_is_still_loading(tmp_path):
+    run(JOB, tmp_path / "out", 10)
+    process = subprocess.Popen([sys.executable, job(tmp_path, OWN)], env={**os.environ, "LOADING": "60"})
+    wait_for(lambda: b"PID" in (tmp_path / "out" / ".lock").read_bytes(), "the lock")
+    done = run(JOB, tmp_path / "out", 10, code=75)
+    kill(process)
+    assert f"PID {process.pid} on host" in done.stderr
+
+
+def test_exit_code_75_also_when_stderr_is_full(tmp_path):
+    process = start(JOB, tmp_path, 1000, env={**os.environ, "PAUSE": "0.02"})
+    wait_for(lambda: (tmp_path / "PROGRESS.txt").exists(), "the first")
+    with open("/dev/full", "w") as full:
+        assert subprocess.run(command(JOB, tmp_path, 10), stderr=full, stdout=full).returncode == 75
+    kill(process)
+
+
+# -- suffixes
+
+
+@pytest.mark.parametrize("suffix", [".json.gz", ".tar.gz", ".7z", ".safetensors", ".a-b_c"])
+def test_any_suffix_is_found_again(tmp_path, suffix):
+    for total in (20, 40):
+        with Run(tmp_path, total, every=10, suffix=suffix) as job_:
+            values = job_.load(json.load, default=[])
+            for i in job_.steps(lambda file: file.write(json.dumps(values).encode())):
+                values.append(i)
+        assert values == list(range(total))
+
+
+@pytest.mark.parametrize("suffix", ["json", "", ".", ".a b", ".tmp", ".npz.corrupt", "/x", "._/"])
+def test_an_impossible_suffix_is_refused_at_once(tmp_path, suffix):
+    with pytest.raises(ValueError, match="suffix"):
+        Run(tmp_path, 10, suffix=suffix)
+
+
+def test_a_changed_suffix_is_refused_by_name(tmp_path, capsys):
+    run(JOB, tmp_path, 20)
+    with pytest.raises(SystemExit) as stop, Run(tmp_path, 20, suffix=".txt") as job_:
+        job_.load(json.load)
+    assert stop.value.code == 2 and "do not end in .txt" in capsys.readouterr().err
+    assert [n for n, _ in find_checkpoints(tmp_path)] == [10, 20]
+
+
+# -- faults of the disk
+
+
+def test_a_save_that_failed_and_was_tried_again_is_not_lost_at_the_restart(small_disk):
+    """A full disk tears the record's line; the next record must not be appended to the torn one."""
+    disk = small_disk(1 << 20)
+    code = HEAD + f"""
+out = {str(disk / 'out')!r}
+with checkpointing.Run(out, 30, every=10, suffix=".txt") as run:
+    for piece in run.pieces():
+        for i in piece: pass
+        if piece.start == 10:
+            filler = open(f"{disk}/filler", "wb", 0)
+            try:
+                while filler.write(bytes(1000)): pass
+            except OSError: pass
+            for free in range(0, 12):   # room for the file and only a part of the record
+                os.truncate(f"{disk}/filler", os.path.getsize(f"{disk}/filler") - 4096)
+                try:
+                    piece.save("x" * 3000)
+                    os.truncate(f"{disk}/filler", 0)
+                    break
+                except checkpointing.CheckpointError as error:
+                    assert "No space left" in str(error)
+        else:
+            piece.save("x" * 3000)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    finish(ROOT / "checkpointing.py", "verify", disk)
+    again = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert again.returncode == 0 and "warning" not in again.stderr and not list(disk.glob("out/*.corrupt"))
+
+
+def test_a_torn_line_costs_no_later_record(tmp_path):
+    run(JOB, tmp_path, 20)
+    path = tmp_path / "checkpoints.jsonl"
+    path.write_bytes(path.read_bytes()[:-20])   # the second record torn, no newline
+    with Run(tmp_path, 30, every=10, suffix=".json") as job_:
+        job_.load(json.load)
+        job_.store._append({"name": "checkpoint_00030.json", "start": 30, "stop": 30, "bytes": 0, "sha256": "", "elapsed": 0})
+        assert list(checkpointing.read_records(tmp_path)) == ["checkpoint_00010.json", "checkpoint_00030.json"]
+
+
+def snapshot(directory):
+    return {p.name: p.read_bytes() for p in directory.iterdir() if p.name not in (".lock", "PROGRESS.txt")}
+
+
+@pytest.mark.parametrize("error", ["EIO", "EMFILE", "EACCES", "ENOMEM"])
+@pytest.mark.parametrize("name", ["checkpoint_00020.json", "checkpoints.jsonl", "run.json"])
+@pytest.mark.parametrize("call", ["openat", "read"])
+def test_an_error_of_reading_is_not_damage(tmp_path, error, name, call):
+    need("strace")
+    out = tmp_path / "out"
+    run(JOB, out, 20)
+    before = snapshot(out)
+    done = subprocess.run(["strace", "-f", "-qq", "-o", "/dev/null", "-P", out / name, "-e", f"trace={call}", "-e",
+                           f"inject={call}:error={error}", *command(JOB, out, 40)], capture_output=True, text=True)
+    assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
+    assert name in done.stderr and os.strerror(getattr(errno, error)) in done.stderr
+    assert snapshot(out) == before
+    run(JOB, out, 40)
+    assert not list(out.glob("*.corrupt"))
+
+
+@pytest.mark.parametrize("name", ["run.json", "checkpoints.jsonl", "PROGRESS.txt", ".reserve", ".lock",
+                                  ".checkpoint_00010.json.1-00000000.tmp", "checkpoint_00010.json"])
+def test_a_pipe_in_the_place_of_any_file_hangs_nothing(tmp_path, name):
+    run(JOB, tmp_path, 20)
+    (tmp_path / name).unlink(missing_ok=True)
+    os.mkfifo(tmp_path / name)
+    for arguments in ((JOB, tmp_path, 30), ("checkpointing.py", "status", tmp_path), ("checkpointing.py", "verify", tmp_path)):
+        done = subprocess.run(command(*arguments), capture_output=True, text=True, timeout=30)
+        assert done.returncode in (0, 1) and "Traceback" not in done.stderr, done.stderr
+
+
+@pytest.mark.parametrize("text", ["Job\nElapsed: \n", "Job\nElapsed: " + "9" * 400 + " s\n", "Job\nElapsed: -1 s\n",
+                                  "Job\nElapsed: 1e999 s\nProgress: " + "9" * 400 + "/3 steps\n", "Job\nHeartbeat: " + "9" * 400,
+                                  "Job\nStatus: RUNNING\nHost: vm\nPID: " + "9" * 400 + "\nHeartbeat: 1\n", "[" * 100_000])
+def test_no_content_of_progress_txt_stops_a_start(tmp_path, text):
+    text = text.replace("Host: vm", f"Host: {os.uname().nodename}")
+    run(JOB, tmp_path, 20)
+    (tmp_path / "PROGRESS.txt").write_text(text)
+    assert "Traceback" not in finish(ROOT / "checkpointing.py", "status", tmp_path).stderr
+    assert not run(JOB, tmp_path, 30).stderr
+    assert read_progress(tmp_path / "PROGRESS.txt")["Elapsed"] in ("0 s", "1 s")
+
+
+@pytest.mark.parametrize("name", ["run.json", "checkpoints.jsonl"])
+def test_deeply_nested_json_is_no_stack_trace(tmp_path, name):
+    run(JOB, tmp_path, 20)
+    with open(tmp_path / name, "a" if name == "checkpoints.jsonl" else "w") as file:
+        file.write("[" * 200_000)
+    done = subprocess.run(command(JOB, tmp_path, 30), capture_output=True, text=True)
+    assert "Traceback" not in done.stderr and done.returncode == (1 if name == "run.json" else 0), done.stderr
+
+
+def test_a_piece_that_is_empty_is_a_piece(tmp_path):
+    for _ in range(2):
+        with Run(tmp_path, 30, every=10, suffix=".txt") as job_:
+            made = [piece.save(b"") for piece in job_.pieces() if list(piece)]
+    assert made == [] and checkpointing.verify([tmp_path]) == 0
+
+
+def test_without_its_records_a_state_is_gone_on_from_by_what_the_message_says(tmp_path):
+    run(JOB, tmp_path, 20)
+    (tmp_path / "checkpoints.jsonl").unlink()
+    message = run(JOB, tmp_path, 30, code=1, cwd=ROOT).stderr
+    assert "Nothing was changed" in message
+    typed = re.search(r"python (checkpointing.py accept \S+checkpoint_00020\.json)", message)[1]
+    run(*typed.split(), cwd=ROOT)
+    run(JOB, tmp_path, 30)
+    assert json.loads((tmp_path / "checkpoint_00030.json").read_bytes()) == [i * i for i in range(30)]
+
+
+def test_a_kill_in_the_very_first_save_leads_to_no_false_words(tmp_path):
+    code = """
+real = os.replace
+def die(a, b):
+    if "checkpoint_" in str(b): os.kill(os.getpid(), 9)
+    real(a, b)
+os.replace = die
+with checkpointing.Run(out, 30, every=10, suffix=".json") as run:
+    for i in run.steps(lambda file: file.write(b"[]")): pass
+"""
+    assert subprocess.run([sys.executable, job(tmp_path, code)], stdout=subprocess.DEVNULL).returncode == -9
+    assert len(checkpointing.read_records(tmp_path / "out")) == 1
+    done = finish(job(tmp_path, code.replace("os.replace = die", "")))
+    assert done.stderr == ""
+
+
+# -- results that vouch for themselves
+
+
+def sealed_files(tmp_path):
+    import numpy as np
+    checkpointing.write_sealed(tmp_path / "set.npz", lambda file: np.savez(file, a=np.arange(9), b=np.ones(3)), note="seed 7")
+    checkpointing.write_sealed(tmp_path / "metrics.json", json.dumps({"psnr": 35.1, "names": ["a", "b"]}, indent=1))
+    return tmp_path / "set.npz", tmp_path / "metrics.json"
+
+
+def test_sealed_files_are_read_as_ever(tmp_path):
+    import numpy as np
+    npz, metrics = sealed_files(tmp_path)
+    assert np.load(npz)["a"].tolist() == list(range(9)) and checkpointing.note_of(npz) == "seed 7"
+    assert json.loads(metrics.read_text())["psnr"] == 35.1
+    with zipfile.ZipFile(npz) as archive:
+        assert archive.testzip() is None
+    assert problem_with(npz) is None and checkpointing.verify([tmp_path]) == 0
+
+
+def test_every_single_flipped_bit_and_every_cut_of_a_sealed_file_is_found(tmp_path, capsys):
+    for path in sealed_files(tmp_path):
+        data = path.read_bytes()
+        for at in range(len(data)):
+            for bit in (1, 64):
+                path.write_bytes(data[:at] + bytes([data[at] ^ bit]) + data[at + 1:])
+                assert checkpointing._verdict_on(path, {}), f"{path.name}: byte {at} ^ {bit} passed"
+        for length in range(len(data)):
+            path.write_bytes(data[:length])
+            assert checkpointing._verdict_on(path, {}), f"{path.name} cut to {length} of {len(data)} bytes passed"
+        path.write_bytes(data)
+        assert checkpointing.verify([tmp_path]) == 0
+
+
+def test_a_sealed_model_loads_in_torch(tmp_path):
+    import torch
+    checkpointing.write_sealed(tmp_path / "m.pt", lambda file: torch.save({"w": torch.arange(5)}, file), note="n")
+    assert torch.load(tmp_path / "m.pt", weights_only=True)["w"].tolist() == [0, 1, 2, 3, 4]
+    assert torch.load(tmp_path / "m.pt", weights_only=True, mmap=True)["w"].sum() == 10
+    assert problem_with(tmp_path / "m.pt") is None
+
+
+def test_a_result_replaced_while_it_is_copied_verifies_on_every_copy(tmp_path):
+    code = HEAD + f"""
+import io, zipfile
+for i in range(10**6):
+    content = io.BytesIO()
+    with zipfile.ZipFile(content, "w") as archive: archive.writestr("a", os.urandom(1000))
+    checkpointing.write_sealed({str(tmp_path / 'best_model.pt')!r}, content.getvalue())
+"""
+    process = subprocess.Popen([sys.executable, "-c", code])
+    wait_for(lambda: (tmp_path / "best_model.pt").exists(), "the first")
+    seen = set()
+    for _ in range(200):
+        shutil.copy(tmp_path / "best_model.pt", tmp_path / "copy.pt")
+        assert problem_with(tmp_path / "copy.pt") is None
+        seen.add((tmp_path / "copy.pt").read_bytes())
+        time.sleep(0.002)
+    kill(process)
+    assert len(seen) > 5
+
+
+def test_verify_looks_past_what_a_copy_has_not_finished(tmp_path):
+    run(JOB, tmp_path, 20)
+    (tmp_path / ".rsync-partial").mkdir()
+    (tmp_path / ".rsync-partial" / "checkpoint_00030.json").write_bytes(b"ha")
+    assert finish(ROOT / "checkpointing.py", "verify", tmp_path).stdout == "2 files are whole, 0 bad\n"
+
+
+# -- output that nobody reads, and outputs that fail
+
+
+@pytest.mark.parametrize("kind", ["pipe", "terminal"])
+def test_the_work_the_heartbeat_and_sigterm_go_on_when_nobody_reads(tmp_path, kind):
+    import pty
+    reader, writer = os.pipe() if kind == "pipe" else pty.openpty()
+    code = """
+with checkpointing.Run(out, 10**6, every=100, suffix=".json", heartbeat=0.05) as run:
+    for i in run.steps(lambda file: file.write(b"[]")):
+        run.log("a long line " * 100)
+        time.sleep(0.001)
+"""
+    process = subprocess.Popen([sys.executable, job(tmp_path, code)], stdin=subprocess.DEVNULL, stdout=writer, stderr=writer)
+    os.close(writer)
+    out = tmp_path / "out"
+    wait_for(lambda: find_checkpoints(out) and find_checkpoints(out)[-1][0] > 1000, "work beyond a full buffer", 60)
+    first = read_progress(out / "PROGRESS.txt")
+    wait_for(lambda: read_progress(out / "PROGRESS.txt")["Heartbeat"] > first["Heartbeat"], "a heartbeat", 10)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(15) == 143
+    assert read_progress(out / "PROGRESS.txt")["Status"] == "INTERRUPTED"
+    os.close(reader)
+
+
+def test_a_reader_that_leaves_and_a_full_output_are_no_stack_trace(tmp_path):
+    run(JOB, tmp_path / "a", 20)
+    run("generate.py", "--n", 40, "--every", 20, "--out", tmp_path / "g")
+    for arguments in (["checkpointing.py", "status", tmp_path], ["checkpointing.py", "verify", tmp_path],
+                      ["merge.py", tmp_path / "g", "--out", tmp_path / "set.npz"]):
+        line = " ".join(map(str, command(*arguments)))
+        piped = subprocess.run(["bash", "-o", "pipefail", "-c", f"{line} | head -c 1"], capture_output=True, text=True)
+        assert piped.returncode == 0 and piped.stderr == "", piped.stderr
+        full = subprocess.run(["bash", "-c", f"{line} > /dev/full"], capture_output=True, text=True)
+        assert full.returncode == 1 and full.stderr.count("\n") == 1 and "No space left" in full.stderr, full.stderr
+    assert subprocess.run(["bash", "-c", f"{sys.executable} {ROOT / JOB} {tmp_path / 'b'} 20 > /dev/full 2>&1"]).returncode == 0
+
+
+@pytest.mark.parametrize("script", ["generate.py", "merge.py"])
+def test_names_that_cannot_be_are_one_line(tmp_path, script):
+    (tmp_path / "file").touch()
+    run("generate.py", "--n", 8, "--out", tmp_path / "g")
+    for out in (tmp_path / "file" / "below", tmp_path / ("x" * 300)):
+        arguments = [tmp_path / "g"] if script == "merge.py" else ["--n", 8]
+        done = subprocess.run(command(script, *arguments, "--out", out), capture_output=True, text=True)
+        assert done.returncode in (1, 2) and done.stderr.count("\n") == 1 and "Traceback" not in done.stderr, done.stderr
+    long = tmp_path / ("x" * 250)   # legal, also for its temp file
+    checkpointing.write_atomic(long, "x")
+    assert long.read_text() == "x"
+
+
+@pytest.mark.parametrize("script", ["generate.py", "merge.py"])
+def test_ctrl_c_at_any_moment_is_no_stack_trace(tmp_path, script):
+    run("generate.py", "--n", 20000, "--out", tmp_path / "g")
+    for i in range(12):
+        arguments = [tmp_path / "g", "--out", tmp_path / "set.npz"] if script == "merge.py" \
+            else ["--n", 20000, "--out", tmp_path / f"h{i}"]
+        process = start(script, *arguments, stderr=subprocess.PIPE)
+        time.sleep(0.1 + 0.05 * i)
+        process.send_signal(signal.SIGINT)
+        errors = process.communicate(timeout=30)[1]
+        if process.returncode == 0 or str(ROOT) not in errors and "stopped" not in errors:
+            continue   # over, or Python itself is still starting
+        assert process.returncode in (130, -2) and "Traceback" not in errors, errors
+
+
+def test_without_a_thread_to_be_had_the_work_goes_on(tmp_path):
+    code = """
+import threading
+def refuse(self): raise RuntimeError("can't start new thread")
+threading.Thread.start = refuse
+with checkpointing.Run(out, 30, every=10, suffix=".json") as run:
+    for i in run.steps(lambda file: file.write(b"[]")): pass
+"""
+    finish(job(tmp_path, code))
+    assert read_progress(tmp_path / "out" / "PROGRESS.txt")["Status"] == "COMPLETE"
+
+
+def test_a_disk_that_answers_eio_to_everything_is_one_line(tmp_path):
+    need("strace")
+    run(JOB, tmp_path / "out", 20)
+    for call in ("openat", "read", "write", "fsync", "rename", "flock", "unlink", "getdents64"):
+        # -P: only what touches the run directory
+        done = subprocess.run(["strace", "-f", "-qq", "-o", "/dev/null", "-P", tmp_path / "out", "-P", tmp_path / "out" / ".lock",
+                               "-P", tmp_path / "out" / "checkpoints.jsonl", "-P", tmp_path / "out" / "run.json", "-P",
+                               tmp_path / "out" / "checkpoint_00020.json", "-e", f"trace={call}", "-e",
+                               f"inject={call}:error=EIO", *command(JOB, tmp_path / "out", 40)], capture_output=True, text=True)
+        assert "Traceback" not in done.stderr and done.returncode in (0, 1), done.stderr
+
+
+# -- the progress
+
+
+def test_a_heartbeat_stuck_in_a_dead_file_system_does_not_hold_the_end(tmp_path):
+    code = """
+import threading
+real = checkpointing.write_atomic
+def stuck(path, *rest, **more):
+    if threading.current_thread().name == "heartbeat": time.sleep(3600)
+    return real(path, *rest, **more)
+checkpointing.write_atomic = stuck
+with checkpointing.Run(out, 30, every=10, suffix=".json", heartbeat=0.05) as run:
+    for i in run.steps(lambda file: file.write(b"[]")): time.sleep(0.01)
+"""
+    finish(job(tmp_path, code), timeout=40)
+
+
+def test_an_eta_beyond_the_year_9999_does_not_end_the_job(tmp_path):
+    with Run(tmp_path, 10**18, heartbeat=0.01) as job_:
+        job_.begin()
+        time.sleep(0.1)
+        job_.update(1)
+        for seconds in (1e12, 1e30, float("inf")):
+            job_.expect(seconds)
+            job_.progress.write("RUNNING")
+            assert read_progress(tmp_path / "PROGRESS.txt")["ETA"] == "unknown"
+        job_.finish()
+        job_.save(1, "x")
+
+
+def test_the_last_word_keeps_the_jobs_own_lines_when_the_work_is_found_complete(tmp_path):
+    with Run(tmp_path, 10) as job_:
+        job_.begin()
+        job_.update(10, Loss="0.25")
+        job_.save(10, "x")
+    text = (tmp_path / "PROGRESS.txt").read_text()
+    (tmp_path / "PROGRESS.txt").write_text(text.replace("COMPLETE", "RUNNING"))   # killed before its last word
+    with Run(tmp_path, 10) as job_:
+        job_.load(lambda file: file.read())
+    progress = read_progress(tmp_path / "PROGRESS.txt")
+    assert progress["Status"] == "COMPLETE" and progress["Loss"] == "0.25"
+
+
+def test_looking_changes_nothing(tmp_path):
+    run(JOB, tmp_path, 20)
+    before = snapshot(tmp_path), (tmp_path / "PROGRESS.txt").read_bytes()
+    with Run(tmp_path, 40, every=10, suffix=".json") as job_:
+        assert len(job_.load(json.load)) == 20
+    assert (snapshot(tmp_path), (tmp_path / "PROGRESS.txt").read_bytes()) == before
+
+
+def test_what_was_changed_in_the_process_is_put_back(tmp_path):
+    code = """
+before = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)], sys.stdout.line_buffering
+with checkpointing.Run(out, 2, every=1) as run:
+    for i in run.steps(lambda file: file.write(b"x")): pass
+assert before == ([signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)], sys.stdout.line_buffering)
+"""
+    finish(job(tmp_path, code))
+
+
+# -- map
+
+
+MAP = """
+def simulate(i):
+    if i == int(os.environ.get("BAD", -1)): raise ValueError("bad item")
+    time.sleep(0.001)
+    return {"square": i * i, "pair": (i, i)}
+values = checkpointing.map(simulate, range(int(os.environ.get("N", 1000))), out, every=100)
+print(json.dumps(values[-2:]), len(values))
+"""
+
+
+def test_map_killed_and_restarted_gives_what_the_plain_map_gives(tmp_path):
+    path, kills = job(tmp_path, MAP), 0
+    while True:
+        process = subprocess.Popen([sys.executable, path], stdout=subprocess.PIPE, text=True)
+        time.sleep(0.4)
+        if process.poll() is not None:
+            break
+        kill(process)
+        kills += 1
+    last = process.communicate()[0].splitlines()[-1]
+    assert kills >= 1 and last == '[{"square": 996004, "pair": [998, 998]}, {"square": 998001, "pair": [999, 999]}] 1000'
+    more = finish(path, env={**os.environ, "N": "1050"}).stdout
+    assert more.endswith("1050\n")
+    finish(ROOT / "checkpointing.py", "verify", tmp_path)
+
+
+def test_map_says_which_item_failed_and_keeps_those_before(tmp_path):
+    done = finish(job(tmp_path, MAP), code=1, env={**os.environ, "BAD": "150"})
+    assert "failed at item 150 (150) with ValueError" in done.stderr
+    assert read_progress(tmp_path / "out" / "PROGRESS.txt")["Error"] == "item 150 (150): ValueError: bad item"
+    assert "bad item" in done.stderr and "150/1000 items are saved" in done.stderr
+    assert sum(len(path.read_text().splitlines()) for _, path in find_checkpoints(tmp_path / "out")) == 150
+    assert finish(tmp_path / "job.py").stdout.splitlines()[-1].endswith(" 1000")
+
+
+def test_map_refuses_other_items(tmp_path, capsys):
+    assert checkpointing.map(str, ["a", "b"], tmp_path) == ["a", "b"]
+    with pytest.raises(SystemExit) as stop:
+        checkpointing.map(str, ["a", "c"], tmp_path)
+    assert stop.value.code == 2 and 'item 1 was "b"' in capsys.readouterr().err
+    assert checkpointing.map(str, [], tmp_path / "none") == []
+
+
+def test_errors_reach_people_as_one_line_with_their_code(tmp_path):
+    with pytest.raises(CheckpointError) as error:
+        problem_with(tmp_path)
+    assert "not a regular file" in str(error.value)
+    assert Path(tmp_path).exists()

@@ -1356,9 +1356,9 @@ class DirectoryLock:
     def release(self):
         if self in self.living:
             self.living.discard(self)
-            with contextlib.suppress(OSError):
-                os.ftruncate(self.file, 0)
-            os.close(self.file)
+            for step in (lambda: os.ftruncate(self.file, 0), lambda: os.close(self.file)):
+                with contextlib.suppress(OSError):
+                    step()
 
     def __enter__(self):
         return self

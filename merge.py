@@ -125,7 +125,7 @@ def headers(path):
     """({array: (dtype, shape)}, problem) of an .npz file, without its data."""
     arrays = {}
     try:
-        with zipfile.ZipFile(path) as archive:
+        with open_zip(path) as archive:
             for name in archive.namelist():
                 with archive.open(name) as member:
                     if np.lib.format.read_magic(member) != (1, 0):   # later ones are for structured types
@@ -134,9 +134,9 @@ def headers(path):
                     arrays[name.removesuffix(".npy")] = (dtype.name, shape)
                     if fortran and len(shape) > 1:
                         return arrays, f"{name} is in Fortran order"
+    except (OSError, MemoryError):
+        raise
     except Exception as error:   # zipfile and numpy raise a dozen types on foreign bytes
-        if isinstance(error, MemoryError) or checkpointing.os_error_behind(error):
-            raise CheckpointError(f"{path}: cannot be read ({error}); nothing was written") from error
         return arrays, f"not a checkpoint ({type(error).__name__}: {error})"
     return arrays, None
 
@@ -210,11 +210,19 @@ def write_data_set(file, parts, counts):
                 member.write(waiting)
 
 
+def open_zip(path):
+    """A ZipFile; an error of reading stays one, where zipfile would call the file no zip."""
+    try:
+        return zipfile.ZipFile(path)
+    except zipfile.BadZipFile as error:
+        raise checkpointing.os_error_behind(error) or error from None
+
+
 def checked_blocks(part, name):
     """One array of a checkpoint as flat blocks of at most BLOCK bytes; raises CheckpointError where a value is wrong."""
     where = f"{part['path']} (samples {part['start']} to {part['stop'] - 1})"
     dtype, at = np.dtype(part["arrays"][name][0]), part["start"]
-    with zipfile.ZipFile(part["path"]) as archive, archive.open(f"{name}.npy") as member:
+    with open_zip(part["path"]) as archive, archive.open(f"{name}.npy") as member:
         np.lib.format.read_magic(member)
         np.lib.format.read_array_header_1_0(member)
         while data := member.read(BLOCK):

@@ -1,15 +1,17 @@
 """One page of pictures of what the stages have made: open results/report.html in a browser.
 
-    python report.py                                # results/ -> results/report.html, results/report.png
-    python report.py results/run_a results/run_b    # two runs compared -> results/compare.html
-    python report.py made.npz predicted.npz         # a page that plays these videos -> made.html
-    python report.py made.npz --strip made.png      # the same, and an animated PNG of them
+    python report.py                               # results/ -> results/report.html, report.png
+    python report.py results/run_a results/run_b   # two runs compared -> results/compare.html
+    python report.py made.npz predicted.npz        # a page that plays these videos -> made.html
+    python report.py made.npz --strip made.png     # the same, and an animated PNG of them
 
-The stages keep the page up to date themselves, through refresh(). The page is one file of less than 2 MB: no network,
-no server, no library. It shows what there is, also from half a run or from a copy on a laptop, and names what it could
-not read. Text that comes from files stays text: it is escaped, and the page forbids every script but its own.
+The stages keep the page up to date themselves, through refresh(). The page is one file of less than
+2 MB: no network, no server, no library. It shows what there is, also from half a run or from a copy
+on a laptop, and names what it could not read. Text that comes from files stays text: it is escaped,
+and the page forbids every script but its own.
 
-numpy is enough: no torch. Exit codes: 0 written; 1 failed (a disk full, nothing to show); 2 wrong arguments.
+numpy is enough: no torch. Exit codes: 0 written; 1 failed (a disk full, nothing to show); 2 wrong
+arguments.
 """
 import base64
 import hashlib
@@ -26,48 +28,50 @@ import zlib
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from settings import OneLineParser
 import numpy as np
 
 import checkpointing
 from checkpointing import CheckpointError
 
-try:
-    from settings import OneLineParser
-except ImportError:
-    from checkpointing import OneLineParser
-
 PAGE, STRIP, COMPARISON = "report.html", "report.png", "compare.html"
-MARK = "trajectory videos: report.py"   # stands in every page and picture of ours: nothing else is written over
+MARK = "trajectory videos: report.py"   # in all pages and pictures of ours
 CLASSES = ("linear", "circular", "helical", "parabolic")
-PAGE_BYTES = 1_900_000                  # at most; the page travels with every sync
-RELOAD = 30                             # seconds between two looks of an open page at a run that works
-OLD = 600                               # seconds without news from a run that works, after which the page warns
-EACH = 12                               # videos of each class
-TILE, STRIP_TILE = 96, 64               # pixels on the screen, about, of a video
-MOST_RUNS, MOST_CARDS = 24, 300         # runs shown whole; runs shown with a line each
-DEPTH, DIRECTORIES = 3, 2000            # how far below the directory runs are looked for
-JSON_BYTES, ARRAY_BYTES = 32 << 20, 16 << 20   # larger files of figures are not read; of an array no more is
+PAGE_BYTES = 1_900_000      # at most; the page travels with every sync
+PICTURE_BYTES = 1_200_000   # of it, about, for videos
+RELOAD = 30                 # seconds between two looks of an open page at a run that works
+OLD = 600                   # seconds without news from a run that works, after which the page warns
+EACH = 12                   # videos of each class
+TILE, STRIP_TILE = 96, 64   # pixels on the screen, about, of a video
+MOST_RUNS, MOST_CARDS = 24, 300   # runs shown whole; runs shown with a line each
+DEPTH, DIRECTORIES = 3, 2000      # how far below the directory runs are looked for
+JSON_BYTES = 32 << 20       # a larger file of figures is not read
+ARRAY_BYTES = 8 << 20       # of an array no more is read
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The command line
 
 def main():
-    parser = OneLineParser(description="Make one page of pictures from the results of the stages, or from any videos.")
+    parser = OneLineParser(description="Make one page of pictures from the results of the stages, "
+                           "or from any videos.")
     parser.add_argument("paths", nargs="*", default=["results"], metavar="DIR",
-                        help="a directory of results: writes DIR/report.html and DIR/report.png; several: compares them "
-                        "in compare.html beside them; .npz files of videos: a page that plays them, named after the "
-                        "first (default results)")
-    parser.add_argument("--strip", metavar="FILE.png", help="also write the videos as an animated PNG there")
+                        help="a directory of results: writes DIR/report.html and DIR/report.png; "
+                        "several: compares them in compare.html beside them; .npz files of videos: "
+                        "a page that plays them, named after the first (default results)")
+    parser.add_argument("--strip", metavar="FILE.png",
+                        help="also write the videos as an animated PNG there")
     arguments = parser.parse_args()
     with checkpointing.one_line_errors():
         paths = [Path(path) for path in arguments.paths]
         for path in paths:
             if not path.exists():
-                raise CheckpointError(f"{path}: no such file or directory", checkpointing.WRONG_SETTINGS)
+                raise CheckpointError(f"{path}: no such file or directory",
+                                      checkpointing.WRONG_SETTINGS)
         directories = [path for path in paths if path.is_dir()]
         if 0 < len(directories) < len(paths):
-            raise CheckpointError("give directories or .npz files, not both", checkpointing.WRONG_SETTINGS)
+            raise CheckpointError("give directories or .npz files, not both",
+                                  checkpointing.WRONG_SETTINGS)
         if not directories:
             written = write_videos(paths, arguments.strip)
         elif len(directories) == 1:
@@ -75,27 +79,28 @@ def main():
         else:
             written = write_comparison(directories, arguments.strip)
         for path in written:
-            print(f"{path}: {path.stat().st_size:,} bytes")
+            checkpointing.tell(f"{path}: {path.stat().st_size:,} bytes")
 
 
 def write_report(top, strip=None):
-    """Write the page and the picture of everything below the directory `top`; returns the paths written."""
+    """Write the page and the picture of everything below `top`; returns the paths written."""
     found = find(top)
     written = [write_ours(top / PAGE, page_of(found))]
     picture = strip_of_runs(found)
-    for path in [top / STRIP] + ([Path(strip)] if strip else []):
-        if picture:
-            written.append(write_ours(path, picture))
-        elif path != top / STRIP:
-            raise CheckpointError(f"{top}: no videos here yet to make {path} of")
+    if picture:
+        written.append(write_ours(top / STRIP, picture))
+    if strip:
+        written.append(write_strip(strip, picture, top))
     return written
 
 
 def write_comparison(directories, strip=None):
     """The runs of several directories on one page, beside them."""
     top = Path(os.path.commonpath([path.resolve() for path in directories]))
-    top = next((path.parent for path in directories if path.resolve().parent == top), top)   # as the user wrote it
-    found = Found(top, "comparison of " + " and ".join(path.name or str(path) for path in directories))
+    for path in directories:   # where it can be, the directory is called what the user calls it
+        top = path.parent if path.resolve().parent == top else top
+    names = [path.name or str(path) for path in directories]
+    found = Found(top, "comparison of " + " and ".join(names))
     for path in directories:
         other = find(path)
         prefix = str(path) if len({p.name for p in directories}) < len(directories) else path.name
@@ -122,7 +127,8 @@ def write_videos(paths, strip=None):
     for file in files:
         if file.problem:
             raise CheckpointError(f"{file.path}: no videos to show ({file.problem})")
-    page = assemble(" and ".join(path.name for path in paths), "", play_files(files, 1_200_000), [], time.time())
+    name = " and ".join(path.name for path in paths)
+    page = assemble(name, "", play_files(files, PICTURE_BYTES), [], time.time())
     written = [write_ours(paths[0].with_suffix(".html"), page)]
     if strip:
         written.append(write_strip(strip, strip_of_files(files), paths[0]))
@@ -132,31 +138,35 @@ def write_videos(paths, strip=None):
 def write_ours(path, content):
     """Write a page or picture, but never over a file that we have not made."""
     if path.exists() and not is_ours(path):
-        raise CheckpointError(f"{path} exists and was not made by report.py; it is left alone. Move it away")
+        raise CheckpointError(f"{path} exists and was not made by report.py; it is left alone. "
+                              "Move it away")
     checkpointing.write_atomic(path, content, durable=False)
     return path
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # What the stages call
 
-_next, _warned = {}, set()   # by page: when it may be made again, on the steady clock; and which have failed
+_next = {}        # directory of a page: when it may be made again, on the steady clock
+_warned = set()   # the pages that could not be made
 
 
 def refresh(directory, least_seconds=30.0, force=False):
-    """Bring the page up to date that shows the run in `directory`, a stage's --out. Never raises: a failure is said
-    once, on stderr, and the work goes on.
+    """Bring the page up to date that shows the run in `directory`, a stage's --out. Never raises: a
+    failure is said once, on stderr, and the work goes on.
 
-    At most every `least_seconds`, and never more than 1 % of the time: after a page that took s seconds the next waits
-    at least 100 s. `force`, for the end of a stage, makes it at once. Where the page is: see top_of.
+    At most every `least_seconds`, and never more than 1 % of the time: after a page that took s
+    seconds the next waits at least 100 s. `force`, for the end of a stage, makes it at once. Where
+    the page is: see top_of.
     """
     top = None
     try:
+        if not os.path.isdir(directory):
+            return   # refused before it began: nothing to show
         top = top_of(directory)
         began = time.monotonic()
         if not force and began < _next.get(top, 0):
             return
-        _next[top] = began + least_seconds   # also if it fails
         try:
             write_report(top)
         finally:
@@ -165,11 +175,11 @@ def refresh(directory, least_seconds=30.0, force=False):
     except Exception as error:
         if top not in _warned:
             _warned.add(top)
-            checkpointing_warning(f"the page of {top or directory} was not made: {words_of(error)} (the work goes on; "
-                                  "this is said once)")
+            warn(f"the page of {top or directory} was not made: {words_of(error)} (the work goes "
+                 "on; this is said once)")
 
 
-def checkpointing_warning(message):
+def warn(message):
     try:
         print("warning: " + one_line(message), file=sys.stderr, flush=True)
     except (OSError, ValueError, AttributeError):   # a closed log must not end the work
@@ -177,26 +187,27 @@ def checkpointing_warning(message):
 
 
 def top_of(directory):
-    """The directory whose page shows this run: of itself, its parent and its grandparent the topmost that is a run, or
-    holds a page or a merged data set of ours. For shard_I_of_K at least the parent: the shards are one data set."""
+    """The directory whose page shows this run: of itself, its parent and its grandparent the
+    topmost that is a run, or holds a page or a merged data set of ours. For shard_I_of_K at least
+    the parent: the shards are one data set."""
     directory = Path(directory).resolve()
     top = directory.parent if SHARD.fullmatch(directory.name) else directory
     for above in list(directory.parents)[:2]:
-        if above != Path(above.anchor) and (
-                (above / "PROGRESS.txt").is_file() or is_ours(above / PAGE) or (above / "dataset.npz").is_file()):
+        there = any((above / name).is_file() for name in ("PROGRESS.txt", "dataset.npz"))
+        if above != Path(above.anchor) and (there or is_ours(above / PAGE)):
             top = above
     return top
 
 
 def is_ours(path):
     try:
-        with open(path, "rb") as file:
+        with checkpointing.open_regular(path) as file:
             return MARK.encode() in file.read(4096)
     except OSError:
         return False
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # What is there
 
 SHARD = re.compile(r"shard_\d+_of_\d+")
@@ -235,7 +246,7 @@ class Found:
 
 
 def find(top):
-    """Look below a directory. What is hidden, half-written, set aside, or not ours is passed over."""
+    """Look below a directory. What is hidden, half-written, set aside or not ours is left out."""
     top = Path(top)
     found = Found(top, top.resolve().name or str(top))
     aside = count = 0
@@ -249,12 +260,14 @@ def find(top):
         if count > DIRECTORIES:
             found.notes.append(f"only the first {DIRECTORIES:,} directories were looked at")
             break
-        run = read_run(here, str(here.relative_to(top)), set(names))
-        if run:
-            found.runs.append(run)
+        try:
+            run = read_run(here, str(here.relative_to(top)), set(names))
+            found.runs += [run] if run else []
+        except Exception as error:
+            found.notes.append(f"{here}: cannot be read ({words_of(error)})")
         found.files += [here / name for name in sorted(names) if is_set(here / name)]
     if aside:
-        found.notes.append(f"{aside} run{'s' * (aside > 1)} set aside by --fresh (*.old1, ...) not shown")
+        found.notes.append(f"{aside} directories that --fresh set aside (*.old1, ...) are left out")
     found.runs = with_evaluations(with_shards(found.runs))
     order = {"data": 0, "training": 1, "evaluation": 2, "job": 3}
     found.runs.sort(key=lambda run: (order[run.kind], natural(run.name)))
@@ -262,12 +275,13 @@ def find(top):
 
 
 def natural(name):
-    return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in re.split(r"(\d+)", name)]
+    parts = re.split(r"(\d+)", name)
+    return [(0, int(part), "") if part.isdecimal() else (1, 0, part) for part in parts]
 
 
 def is_set(path):
-    return (path.suffix == ".npz" and not path.name.startswith((".", "checkpoint_")) and path.name != "samples.npz"
-            and path.is_file())
+    named = path.suffix == ".npz" and path.name != "samples.npz"
+    return named and not path.name.startswith((".", "checkpoint_")) and path.is_file()
 
 
 def read_run(here, name, names):
@@ -276,16 +290,18 @@ def read_run(here, name, names):
     if not (trained or {"PROGRESS.txt", "metrics.json"} & names):
         return None
     run = Run(here, name, "job")
-    run.progress = checkpointing.read_progress(here / "PROGRESS.txt") if "PROGRESS.txt" in names else {}
+    if "PROGRESS.txt" in names:
+        run.progress = checkpointing.read_progress(here / "PROGRESS.txt")
     run.title = first_line(here / "PROGRESS.txt") if run.progress else ""
     settings = read_json(here / "run.json", run.notes) if "run.json" in names else {}
     run.settings = as_dict(as_dict(settings).get("settings"))
-    pieces = [(number, path) for number, path in checkpointing.find_checkpoints(here) if path.suffix == ".npz"]
+    pieces = [(number, path) for number, path in checkpointing.find_checkpoints(here)
+              if path.suffix == ".npz"]
     if trained or run.title == "MAGVIT training":
         run.kind = "training"
     elif pieces or run.title == "Dataset generation":
         run.kind, run.pieces = "data", pieces
-    elif "metrics.json" in names:
+    elif "metrics.json" in names or here.name == "evaluation":
         run.kind = "evaluation"
     if "metrics.json" in names:
         run.metrics = as_dict(read_json(here / "metrics.json", run.notes))
@@ -296,7 +312,7 @@ def read_run(here, name, names):
 
 
 def state_of(progress):
-    """The status, SILENT where it says that it works and yet does not beat, UNKNOWN where there is none."""
+    """The status; SILENT where it says that it works and does not beat, UNKNOWN without one."""
     status = progress.get("Status", "UNKNOWN")
     if status in ("RUNNING", "STALLED"):
         age = time.time() - number_in(progress.get("Heartbeat"), time.time())
@@ -316,21 +332,23 @@ def with_shards(runs):
     for parent, parts in groups.items():
         parts.sort(key=lambda part: natural(part.path.name))
         name = parts[0].name.rpartition("/")[0] or "."
-        one = Run(parent, name, "data", parts[0].title, settings=dict(parts[0].settings), parts=parts)
+        one = Run(parent, name, "data", parts[0].title, settings=dict(parts[0].settings),
+                  parts=parts)
         one.settings.pop("shard", None)
         one.pieces = sorted(piece for part in parts for piece in part.pieces)
         one.notes = [f"{part.path.name}: {note}" for part in parts for note in part.notes]
         states = [part.status for part in parts]
         one.status = next((state for state in WORST if state in states), states[0])
-        done, total, unit = map(list, zip(*[counts_in(part.progress) for part in parts]))
+        done, total, unit = zip(*[counts_in(part.progress) for part in parts])
         expected = int(parts[0].path.name.rpartition("_")[2])
-        if len(parts) < expected:
-            one.notes.append(f"{len(parts)} of {expected} shards are here")
+        one.title += f", {len(parts)} of {expected} shards" if len(parts) < expected else ""
         beats = [number_in(part.progress.get("Heartbeat"), 0) for part in parts]
         waits = [number_in(part.progress.get("ETA"), 0) for part in parts]
-        one.progress = {"Progress": f"{sum(done)}/{sum(total)} {unit[0]} ({percent(sum(done), sum(total))})",
-                        "Heartbeat": f"{max(beats):.0f}", "ETA": f"{max(waits):.0f} s"}
-        errors = [f"{part.path.name}: {part.progress['Error']}" for part in parts if part.progress.get("Error")]
+        counts = f"{sum(done)}/{sum(total)} {unit[0]} ({percent(sum(done), sum(total))})"
+        one.progress = {"Progress": counts, "Heartbeat": f"{max(beats):.0f}",
+                        "ETA": f"{max(waits):.0f} s"}
+        errors = [f"{part.path.name}: {part.progress['Error']}" for part in parts
+                  if part.progress.get("Error")]
         if errors:
             one.progress["Error"] = "; ".join(errors)
         whole.append(one)
@@ -338,17 +356,15 @@ def with_shards(runs):
 
 
 def with_evaluations(runs):
-    """An evaluation that lies inside a training's directory belongs to it."""
+    """An evaluation in a training's directory belongs to it; one at work is shown as well."""
     trainings = {run.path: run for run in runs if run.kind == "training"}
     kept = []
     for run in runs:
-        owner = trainings.get(run.path.parent)
-        if run.kind == "evaluation" and owner and run.path.name == "evaluation":
+        owner = trainings.get(run.path.parent) if run.path.name == "evaluation" else None
+        if owner:
             owner.metrics = run.metrics or owner.metrics
             owner.notes += [f"evaluation: {note}" for note in run.notes]
-            if run.status in ("FAILED", "STALLED", "SILENT"):
-                owner.checks.append(("warn", f"evaluation {run.status.lower()}: {run.progress.get('Error', '')}"))
-        else:
+        if not owner or run.progress and run.status != "COMPLETE":
             kept.append(run)
     return kept
 
@@ -374,7 +390,7 @@ def number_in(text, otherwise):
 
 def first_line(path):
     try:
-        with open(path, "rb") as file:
+        with checkpointing.open_regular(path) as file:
             return one_line(file.read(1000).decode(errors="replace").partition("\n")[0])
     except OSError:
         return ""
@@ -398,42 +414,46 @@ def as_dict(value):
 
 
 def words_of(error):
-    return one_line(f"{type(error).__name__}: {error}" if str(error) else type(error).__name__)[:300]
+    name = type(error).__name__
+    return one_line(f"{name}: {error}" if str(error) else name)[:300]
 
 
 def one_line(value):
     return "".join(c if c.isprintable() else " " for c in str(value))[:1000]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Reading the first samples of arrays, without the rest: a data set may be larger than the memory
 
 _cache = {}   # (path, size, time of change, what): a checkpoint never changes, so it is read once
+CACHE_BYTES = 64 << 20
 
 
 def first_rows(path, rows):
-    """({name: the first rows[name] rows}, {name: shape}, problem) of an .npz; {None: most} speaks for all other names.
-    At most ARRAY_BYTES of each are read, but at least one row."""
+    """({name: the first rows[name] rows}, {name: shape}, problem) of an .npz; {None: most} speaks
+    for all other names. At most ARRAY_BYTES of each are read, but at least one row."""
     status = os.stat(path)
     key = str(path), status.st_size, status.st_mtime_ns, tuple(rows.items())
     if key not in _cache:
-        if len(_cache) > 500:
+        result = read_first_rows(path, rows)
+        held = sum(array.nbytes for arrays, _, _ in _cache.values() for array in arrays.values())
+        if held > CACHE_BYTES or len(_cache) > 1000:
             _cache.clear()
-        _cache[key] = read_first_rows(path, rows)
+        _cache[key] = result
     return _cache[key]
 
 
 def read_first_rows(path, rows):
     arrays, shapes, problem = {}, {}, None
     try:
-        with zipfile.ZipFile(path) as archive:
+        with checkpointing.open_regular(path) as file, zipfile.ZipFile(file) as archive:
             for member in archive.namelist()[:100]:
                 name = member.removesuffix(".npy")
                 most = rows.get(name, rows.get(None, 0))
                 if not most or name == member:
                     continue
-                with archive.open(member) as file:
-                    arrays[name], shapes[name] = read_array(file, most)
+                with archive.open(member) as inside:
+                    arrays[name], shapes[name] = read_array(inside, most)
     except Exception as error:   # zipfile and numpy raise a dozen types on foreign bytes
         problem = words_of(error)
     return arrays, shapes, problem
@@ -455,8 +475,10 @@ def read_array(file, most):
     if each > 8 * ARRAY_BYTES:
         raise ValueError(f"one sample has {each:,} bytes: too large to show")
     count = min(shape[0], most, max(1, ARRAY_BYTES // max(1, each)))
-    data = file.read(count * each)
-    return np.frombuffer(data, dtype, count * math.prod(shape[1:])).reshape(count, *shape[1:]), shape
+    if not count * each:
+        return np.empty((count, *shape[1:]), dtype), shape
+    array = np.frombuffer(file.read(count * each), dtype)
+    return array.reshape(count, *shape[1:]), shape
 
 
 @dataclass
@@ -478,9 +500,9 @@ def read_videos(path, most):
     """The first videos of an .npz. `problem` says why there are none."""
     file = Videos(Path(path))
     try:
-        arrays, shapes, file.problem = first_rows(path, {"videos": most, "labels": most, "trajectory_2d": most,
-                                                         "classes": 1000, "given": 1, "truth": most})
-        file.note = one_line(getattr(checkpointing, "note_of", lambda path: "")(path) or "")
+        rows = dict.fromkeys(("videos", "labels", "trajectory_2d", "truth"), most)
+        arrays, shapes, file.problem = first_rows(path, {**rows, "classes": 1000, "given": 1})
+        file.note = one_line(checkpointing.note_of(path))
     except Exception as error:
         file.problem = words_of(error)
         return file
@@ -499,8 +521,8 @@ def read_videos(path, most):
     labels, paths, truth = (arrays.get(name) for name in ("labels", "trajectory_2d", "truth"))
     if labels is not None and labels.ndim == 1 and labels.dtype.kind in "iu":
         file.labels = labels[:n].astype(np.int64) if len(labels) >= n else None
-    if paths is not None and paths.shape[:1] >= (n,) and paths.shape[1:] == (frames, 2) and paths.dtype.kind == "f":
-        file.paths = paths[:n]
+    if paths is not None and paths.dtype.kind == "f" and paths.shape[1:] == (frames, 2):
+        file.paths = paths[:n] if len(paths) >= n else None
     if truth is not None and truth.shape == arrays["videos"].shape:
         file.truth = as_pixels(truth)
     file.classes = names_in(arrays)
@@ -516,7 +538,8 @@ def names_in(arrays):
 
 
 def as_pixels(videos):
-    """uint8 (N, T, C, H, W), C 1 or 3, from uint8 or from floats in [0, 1]; ValueError in words for what is neither."""
+    """uint8 (N, T, C, H, W), C 1 or 3, from uint8 or from floats in [0, 1]; ValueError in words for
+    what is neither."""
     if videos.ndim == 4:
         videos = videos[:, :, None]
     if videos.ndim != 5 or 0 in videos.shape[1:]:
@@ -533,7 +556,8 @@ def name_of(label, classes):
 
 
 def by_class(labels, count, each=EACH):
-    """Indices, the first of every class, then the second of every class, ...: at most `each` of one, `count` in all."""
+    """Indices, the first of every class, then the second of every class, ...: at most `each` of
+    one, `count` in all."""
     if labels is None:
         return list(range(min(count, 4 * each)))
     seen, rounds = {}, []
@@ -544,12 +568,13 @@ def by_class(labels, count, each=EACH):
     return [i for _, _, i in sorted(rounds)][:6 * each]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # What can be measured in the videos themselves
 
 def dots(videos):
-    """Of uint8 (N, T, C, H, W): the bright mass's centre (N, T, 2) in pixels (x, y), the radius (N, T) in pixels of a
-    disc as bright and large, and whether there is anything to be seen. What has nothing has NaN."""
+    """Of uint8 (N, T, C, H, W): the centre of what is bright, (N, T, 2) in pixels (x, y); the
+    radius of a disc as bright and large, (N, T) in pixels; whether anything is seen. NaN where not.
+    """
     mass = videos.astype(np.float32).mean(2)
     mass[mass <= 0.1 * 255] = 0
     total, peak = mass.sum((2, 3)), mass.max((2, 3))
@@ -565,7 +590,11 @@ def skill(real, made):
     """(1 - MSE / MSE of a blank video, PSNR in dB, PSNR of a blank video) of uint8 videos."""
     error = np.square(made.astype(np.float32) - real).mean() / 255**2
     blank = np.square(real.astype(np.float32)).mean() / 255**2
-    return 1 - error / max(blank, 1e-12), -10 * math.log10(max(error, 1e-12)), -10 * math.log10(max(blank, 1e-12))
+    return 1 - error / max(blank, 1e-12), decibels(error), decibels(blank)
+
+
+def decibels(error):
+    return -10 * math.log10(max(error, 1e-12))
 
 
 def away(a, b):
@@ -575,31 +604,28 @@ def away(a, b):
     return float(distance.mean()) if distance.size else math.nan
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # PNG and animated PNG (W3C PNG, third edition), with zlib alone
 
-def png(frames, seconds=0.2, most_level=6):
-    """The bytes of a PNG of uint8 (H, W, C), C 1 grey, 3 colour or 4 with opacity; animated where there are several, as
-    (T, H, W, C)."""
+def png(frames, seconds=0.2):
+    """The bytes of a PNG of uint8 (H, W, C), C 1 grey, 3 colour or 4 with opacity; animated where
+    there are several, as (T, H, W, C)."""
     frames = frames if frames.ndim == 4 else frames[None]
     count, height, width, channels = frames.shape
-    colour = {1: 0, 3: 2, 4: 6}[channels]
-    parts = [b"\x89PNG\r\n\x1a\n", chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, colour, 0, 0, 0)),
+    header = struct.pack(">IIBBBBB", width, height, 8, {1: 0, 3: 2, 4: 6}[channels], 0, 0, 0)
+    parts = [b"\x89PNG\r\n\x1a\n", chunk(b"IHDR", header),
              chunk(b"tEXt", b"Software\0" + MARK.encode())]
     if count > 1:
         parts.append(chunk(b"acTL", struct.pack(">II", count, 0)))   # 0: for ever
-    sequence = 0
     for i, frame in enumerate(frames):
-        data = zlib.compress(scan_lines(frame), most_level)
+        number = max(0, 2 * i - 1)   # fcTL and fdAT are counted together; the first has no fdAT
         if count > 1:
-            control = struct.pack(">IIIIIHHBB", sequence, width, height, 0, 0, round(1000 * seconds), 1000, 0, 0)
-            parts.append(chunk(b"fcTL", control))
-            sequence += 1
-        if i == 0:
-            parts.append(chunk(b"IDAT", data))
-        else:
-            parts.append(chunk(b"fdAT", struct.pack(">I", sequence) + data))
-            sequence += 1
+            delay = round(1000 * seconds), 1000
+            parts.append(chunk(b"fcTL", struct.pack(">IIIIIHHBB", number, width, height, 0, 0,
+                                                    *delay, 0, 0)))
+        data = zlib.compress(scan_lines(frame), 9)
+        parts.append(chunk(b"IDAT", data) if i == 0
+                     else chunk(b"fdAT", struct.pack(">I", number + 1) + data))
     return b"".join([*parts, chunk(b"IEND", b"")])
 
 
@@ -608,7 +634,7 @@ def chunk(kind, data):
 
 
 def scan_lines(image):
-    """Each row as its difference to the row above (filter 2, Up): enlarged pixels become rows of zeros."""
+    """Each row less the one above (filter 2, Up): enlarged pixels become rows of zeros."""
     rows = image.reshape(len(image), -1)
     lines = np.empty((len(rows), rows.shape[1] + 1), np.uint8)
     lines[:, 0] = 2
@@ -631,7 +657,7 @@ def reduced(videos, frames=16, pixels=64):
         h, w = max(1, height // by), max(1, width // by)
         blocks = videos[..., :h * by, :w * by]
         if height >= by and width >= by:
-            blocks = blocks.reshape(*videos.shape[:3], h, by, w, by).mean((4, 6))
+            blocks = blocks.reshape(*videos.shape[:3], h, by, w, by).mean((4, 6), np.float32)
         else:
             blocks = blocks[..., ::by, ::by]
         videos = blocks.astype(np.uint8)
@@ -639,18 +665,19 @@ def reduced(videos, frames=16, pixels=64):
 
 
 def side_by_side(video):
-    """(H, T W, C) from (T, C, H, W): one picture of all frames, of which the page shows one at a time."""
+    """(H, T W, C) from (T, C, H, W): all frames in one picture, of which the page shows one."""
     t, c, h, w = video.shape
     return np.ascontiguousarray(video.transpose(2, 0, 3, 1).reshape(h, t * w, c))
 
 
-# Letters of 5 x 7 pixels for the strip: a character a row from the top, in base 32, the left pixel the highest bit.
-LETTERS = {name: rows for name, rows in zip(
+# Letters of 5 x 7 pixels for the strip: a character for each row from the top, in base 32, the left
+# pixel the highest bit.
+LETTERS = dict(zip(
     "abcdefghijklmnopqrstuvwxyz0123456789.,-_:/%()",
-    """00e1fhf ggmphhu 00eggge 11djhhf 00ehvge 69s8888 00fhf1e ggmphhh 40c444e 206222i ggikoki c44444e 00qllll 00mphhh
-    00ehhhe 00uhugg 00djf11 00mpggg 00ege1u 88s8896 00hhhjd 00hhha4 00hhlla 00ha4ah 00hhf1e 00v248v ehjlphe 4c4444e
-    eh1248v v2421he 26aiv22 vgu11he 68guhhe v124888 ehehhhe ehhf12c 00000cc 000cc48 000v000 000000v 0cc0cc0 0124800
-    op248lj 2488842 8422248""".split())}
+    """00e1fhf ggmphhu 00eggge 11djhhf 00ehvge 69s8888 00fhf1e ggmphhh 40c444e 206222i ggikoki
+    c44444e 00qllll 00mphhh 00ehhhe 00uhugg 00djf11 00mpggg 00ege1u 88s8896 00hhhjd 00hhha4 00hhlla
+    00ha4ah 00hhf1e 00v248v ehjlphe 4c4444e eh1248v v2421he 26aiv22 vgu11he 68guhhe v124888 ehehhhe
+    ehhf12c 00000cc 000cc48 000v000 000000v 0cc0cc0 0124800 op248lj 2488842 8422248""".split()))
 
 
 def written(text, scale=2):
@@ -667,11 +694,12 @@ SKY, ORANGE = (86, 180, 233), (230, 159, 0)   # of Okabe and Ito: told apart by 
 
 
 def strip(rows, columns=8):
-    """An animated PNG from [(words, videos (N, T, C, H, W), given)], a row each; None where there are no videos.
+    """An animated PNG from [(words, videos (N, T, C, H, W), given)], a row each, or None.
 
-    Where `given` is not None, a frame that was given has a sky-blue edge and one that was predicted an orange one.
+    Where `given` is not None, a given frame has a sky-blue edge and a predicted one an orange one.
     """
-    rows = [(words, reduced(videos[:columns], pixels=128), given) for words, videos, given in rows if len(videos)]
+    rows = [(words, reduced(videos[:columns], pixels=128), given) for words, videos, given in rows
+            if len(videos)]
     if not rows:
         return None
     margin = max(12 * len(words) for words, _, _ in rows) + 16
@@ -694,32 +722,33 @@ def strip(rows, columns=8):
                 line[k, 4:h + 4, x + 2:x + w + 2] = videos[i, k % t]
         lines.append(line)
     width = max(line.shape[2] for line in lines)
-    lines = [np.concatenate([line, np.full((*line.shape[:2], width - line.shape[2], 3), BACK, np.uint8)], 2)
-             for line in lines]
+    for i, line in enumerate(lines):
+        rest = np.full((*line.shape[:2], width - line.shape[2], 3), BACK, np.uint8)
+        lines[i] = np.concatenate([line, rest], 2)
     return png(np.concatenate(lines, 1))
 
 
 def strip_of_runs(found):
     """The picture of the newest training's samples, or else of the videos of a data set."""
-    trainings = [run for run in found.runs if run.kind == "training" and (run.path / "samples.npz").is_file()]
+    trainings = [run for run in found.runs if run.kind == "training"]
     trainings.sort(key=lambda run: number_in(run.progress.get("Heartbeat"), 0), reverse=True)
     for run in trainings:
         samples = read_samples(run.path / "samples.npz", [])
-        if samples:
-            real, made = samples["real"], samples["reconstructed"]
-            rows = [("real", real, None), ("reconstructed", made, None)]
-            if "generated" in samples:
-                order = by_class(samples.get("generated_labels"), len(samples["generated"]), 2)
-                rows.append(("generated", samples["generated"][order], None))
-            if "predicted" in samples:
-                rows += [("truth", samples["predicted_truth"], None),
-                         ("predicted", samples["predicted"], samples["given"])]
-            return strip(rows)
+        if not samples:
+            continue
+        rows = [("real", samples["real"], None), ("reconstructed", samples["reconstructed"], None)]
+        if "generated" in samples:
+            order = by_class(samples.get("generated_labels"), len(samples["generated"]), 2)
+            rows.append(("generated", samples["generated"][order], None))
+        if "predicted" in samples:
+            rows += [("truth", samples["predicted_truth"], None),
+                     ("predicted", samples["predicted"], samples["given"])]
+        return strip(rows)
     for run in found.runs:
-        if run.kind == "data":
-            sample = sample_of(run)
-            if sample.shown is not None:
-                return strip([("real", sample.shown[by_class(sample.labels, len(sample.shown), 2)], None)])
+        sample = sample_of(run) if run.kind == "data" else Videos(run.path)
+        if sample.shown is not None:
+            order = by_class(sample.labels, len(sample.shown), 2)
+            return strip([("real", sample.shown[order], None)])
     return strip_of_files([read_videos(path, 16) for path in found.files[:4]])
 
 
@@ -736,11 +765,12 @@ def strip_of_files(files):
     return strip(rows)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Diagrams, as SVG whose colours come from the page's style: c1, c2, ... are lines, f1, f2, ... areas
+# --------------------------------------------------------------------------------------------------
+# Diagrams, as SVG whose colours come from the page's style: c1, c2, ... lines, f1, f2, ... areas
 
 def plot(series, x_label, y_label, words, marks=(), log=False, zero=False):
-    """Lines over each other. series: [(name, number of the colour, xs, ys, dashed)]; marks: [(kind, x, words)]."""
+    """Lines over each other. series: [(name, number of the colour, xs, ys, dashed)];
+    marks: [("restart" or "checkpoint", x, words)]; `words` say it to who cannot see it."""
     series = [(name, colour, *finite(xs, ys, log), dash) for name, colour, xs, ys, dash in series]
     series = [line for line in series if len(line[2])]
     if not series:
@@ -748,44 +778,55 @@ def plot(series, x_label, y_label, words, marks=(), log=False, zero=False):
     xs = np.concatenate([line[2] for line in series])
     ys = np.concatenate([line[3] for line in series])
     x0, x1 = spread(xs.min(), xs.max())
-    y0, y1 = (ys.min() / 1.1, ys.max() * 1.1) if log else spread(0 if zero else ys.min(), ys.max(), 0.06)
+    y0, y1 = spread(0 if zero else ys.min(), ys.max(), 0.06)
+    if log:
+        y0, y1 = ys.min() / 1.1, ys.max() * 1.1
     scale = np.log if log else np.asarray
-    place_x = lambda x: 54 + 374 * (x - x0) / (x1 - x0)   # noqa: E731
-    place_y = lambda y: 212 - 200 * (scale(y) - scale(y0)) / (scale(y1) - scale(y0))   # noqa: E731
+    place_x = lambda x: 54 + 374 * (x - x0) / (x1 - x0)   # noqa
+    place_y = lambda y: 212 - 200 * (scale(y) - scale(y0)) / (scale(y1) - scale(y0))   # noqa
     out = [f'<svg class="plot" viewBox="0 0 440 252" role="img" aria-label="{e(words)}">']
     for y in log_ticks(y0, y1) if log else ticks(y0, y1):
-        out.append(f'<line class="grid" x1="54" x2="428" y1="{place_y(y):.1f}" y2="{place_y(y):.1f}"/>'
-                   f'<text x="48" y="{place_y(y) + 4:.1f}" text-anchor="end">{short(y)}</text>')
-    for x in ticks(x0, x1):
+        at = place_y(y)
+        out.append(f'<line class="grid" x1="54" x2="428" y1="{at:.1f}" y2="{at:.1f}"/>'
+                   f'<text x="48" y="{at + 4:.1f}" text-anchor="end">{short(y)}</text>')
+    integers = (xs == xs.round()).all() and x1 - x0 >= 2
+    for x in [x for x in ticks(x0, x1) if x == round(x) or not integers]:
         out.append(f'<text x="{place_x(x):.1f}" y="229" text-anchor="middle">{short(x)}</text>')
     out.append('<line class="axis" x1="54" x2="428" y1="212" y2="212"/>'
                f'<text x="241" y="247" text-anchor="middle">{e(x_label)}</text>'
-               f'<text transform="translate(11 112) rotate(-90)" text-anchor="middle">{e(y_label)}</text>')
+               '<text transform="translate(11 112) rotate(-90)" text-anchor="middle">'
+               f"{e(y_label)}</text>")
     for kind, x, tip in marks:
-        if not x0 <= x <= x1:
-            continue
-        if kind == "restart":
-            out.append(f'<g><title>{e(tip)}</title><line class="restart" x1="{place_x(x):.1f}" x2="{place_x(x):.1f}" '
-                       'y1="12" y2="212"/></g>')
-        else:
-            out.append(f'<path class="saved" d="M{place_x(x):.1f} 207l4 7h-8z"><title>{e(tip)}</title></path>')
+        if x0 <= x <= x1:
+            shape = RESTART if kind == "restart" else SAVED
+            out.append(f'<g transform="translate({place_x(x):.1f} 0)"><title>{e(tip)}</title>'
+                       f"{shape}</g>")
     for name, colour, xs, ys, dash in series:
         xs, ys = thinned(xs, ys)
-        points = [f"{x:.1f},{y:.1f}" for x, y in zip(place_x(xs), place_y(ys))]
-        out.append(f'<polyline class="c{colour}{" dash" * dash}" points="{" ".join(points)}"/>')
-        if len(points) <= 40:
-            out += [f'<circle class="f{colour}" cx="{point.split(",")[0]}" cy="{point.split(",")[1]}" r="2.6">'
-                    f'<title>{e(name)}: {short(y, 4)} at {e(x_label)} {short(x, 7)}</title></circle>'
-                    for point, x, y in zip(points, xs, ys)]
-    keys = [f'<span><svg class="key" viewBox="0 0 26 8" aria-hidden="true"><line class="c{colour}{" dash" * dash}" '
-            f'x1="1" x2="25" y1="4" y2="4"/></svg>{e(name)}</span>' for name, colour, _, _, dash in series]
-    if any(kind == "restart" for kind, _, _ in marks):
-        keys.append('<span><svg class="key" viewBox="0 0 26 8" aria-hidden="true"><line class="restart" x1="13" x2="13" '
-                    'y1="0" y2="8"/></svg>restart</span>')
-    if any(kind == "checkpoint" for kind, _, _ in marks):
-        keys.append('<span><svg class="key" viewBox="0 0 26 8" aria-hidden="true"><path class="saved" '
-                    'd="M13 0l4 7h-8z"/></svg>checkpoint</span>')
-    return "".join(out) + f'</svg><p class="keys">{"".join(keys)}</p>'
+        places = [f"{x:.1f},{y:.1f}" for x, y in zip(place_x(xs), place_y(ys))]
+        kind = f"c{colour} dash" if dash else f"c{colour}"
+        out.append(f'<polyline class="{kind}" points="{" ".join(places)}"/>')
+        for place, x, y in zip(places, xs, ys) if len(xs) <= 40 else ():
+            across, down = place.split(",")
+            out.append(f'<circle class="f{colour}" cx="{across}" cy="{down}" r="2.6"><title>'
+                       f"{e(name)}: {short(y, 4)} at {e(x_label)} {short(x, 7)}</title></circle>")
+    out.append("</svg>")
+    keys = [(name, f'<line class="c{colour}{" dash" * dash}" x1="1" x2="25" y1="4" y2="4"/>')
+            for name, colour, _, _, dash in series]
+    kinds = {kind for kind, x, _ in marks if x0 <= x <= x1}
+    if "restart" in kinds:
+        keys.append(("restart", '<line class="restart" x1="13" x2="13" y1="0" y2="8"/>'))
+    if "checkpoint" in kinds:
+        keys.append(("checkpoint", '<path class="saved" d="M13 0l4 7h-8z"/>'))
+    out.append('<p class="keys">')
+    for name, shape in keys:
+        out.append(f'<span><svg class="key" viewBox="0 0 26 8" aria-hidden="true">{shape}</svg>'
+                   f"{e(name)}</span>")
+    return "".join(out) + "</p>"
+
+
+RESTART = '<line class="restart" x1="0" x2="0" y1="12" y2="212"/>'
+SAVED = '<path class="saved" d="M0 207l4 7h-8z"/>'
 
 
 def finite(xs, ys, log=False):
@@ -817,7 +858,8 @@ def spread(low, high, margin=0.0):
 def ticks(low, high, about=5):
     step = 10 ** math.floor(math.log10((high - low) / about))
     step *= min((1, 2, 5, 10), key=lambda k: abs(math.log((high - low) / about / step / k)))
-    return [k * step for k in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
+    first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
+    return [k * step for k in range(first, last + 1)]
 
 
 def log_ticks(low, high):
@@ -850,11 +892,12 @@ def histogram(values, x_label, words, colour=1):
     for i, count in enumerate(counts):
         if count:
             height = max(1, 100 * count / counts.max())
-            out.append(f'<rect class="f{colour}" x="{8 + i * 9.33:.1f}" y="{112 - height:.1f}" width="8.4" '
-                       f'height="{height:.1f}"/>')
+            out.append(f'<rect class="f{colour}" x="{8 + i * 9.33:.1f}" y="{112 - height:.1f}" '
+                       f'width="8.4" height="{height:.1f}"/>')
     out.append('<line class="axis" x1="6" x2="234" y1="112" y2="112"/>')
     for x in ticks(x0, x1, 4):
-        out.append(f'<text x="{8 + 224 * (x - x0) / (x1 - x0):.1f}" y="127" text-anchor="middle">{short(x)}</text>')
+        out.append(f'<text x="{8 + 224 * (x - x0) / (x1 - x0):.1f}" y="127" '
+                   f'text-anchor="middle">{short(x)}</text>')
     return "".join(out) + f'<text x="120" y="145" text-anchor="middle">{e(x_label)}</text></svg>'
 
 
@@ -865,37 +908,43 @@ def density(xy, width, height, words):
     if not len(xy):
         return ""
     bins = min(32, height), min(32, width)
-    counts = np.histogram2d(xy[:, 1], xy[:, 0], bins, ((-0.5, height - 0.5), (-0.5, width - 0.5)))[0]
+    ranges = (-0.5, height - 0.5), (-0.5, width - 0.5)
+    counts = np.histogram2d(xy[:, 1], xy[:, 0], bins, ranges)[0]
     image = np.empty((*bins, 4), np.uint8)
     image[..., :3] = (0, 114, 178)
     image[..., 3] = 255 * np.sqrt(counts / max(1, counts.max()))
-    return (f'<span class="density"><img class="sharp" src="{data_uri(png(image))}" alt="{e(words)}"></span>'
-            f'<span class="under">x to the right, y down: {width} by {height} px</span>')
+    return (f'<span class="density"><img class="sharp" src="{data_uri(png(image))}" '
+            f'alt="{e(words)}"></span><span class="under">x to the right, y down: '
+            f"{width} by {height} px</span>")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Videos on the page: one picture a video, all its frames side by side, of which a window shows one
 
 def e(text):
     """Text from a file, made harmless in HTML, in SVG and in attributes."""
-    return html.escape(str(text).encode(errors="replace").decode(), quote=True)
+    return html.escape("".join(c if c.isprintable() or c == "\n" else " " for c in str(text)))
+
+
+def px(distance):
+    return f"{distance:.2f} px" if math.isfinite(distance) else "no dot to be seen,"
 
 
 @dataclass
 class Purse:
     """Bytes of pictures that a part of the page may still spend."""
     left: float
-    frames: set = field(default_factory=set)   # lengths of the videos shown: the script counts in each of them
+    frames: set = field(default_factory=set)   # lengths of the videos shown
 
 
 class Film:
     """Some videos of one shape as tiles."""
 
-    def __init__(self, videos, purse, size=None):
+    def __init__(self, videos, purse):
         self.height, self.width = videos.shape[3:]
         self.videos, self.which = reduced(videos)
         h, w = self.videos.shape[3:]
-        scale = max(1, round((size or TILE) / max(h, w)))
+        scale = max(1, round(TILE / max(h, w)))
         self.box, self.purse = (w * scale, h * scale), purse
         purse.frames.add(len(self.which))
 
@@ -905,19 +954,20 @@ class Film:
                 f'--h:{self.box[1]}px">{"".join(tiles)}</div>')
 
     def tile(self, i, alt, caption="", paths=(), given=None):
-        """One video; paths: [(class, (T, 2) in pixels of the original)], drawn over it on demand."""
+        """One video; paths: [(class, (T, 2) in pixels of the original)], shown on demand."""
         picture = data_uri(png(side_by_side(self.videos[i])))
         over = ""
         if paths:
-            over = (f'<svg class="path" viewBox="-0.5 -0.5 {self.width} {self.height}" aria-hidden="true">'
-                    + "".join(trace(kind, xy, self.width) for kind, xy in paths) + "</svg>")
+            lines = "".join(trace(kind, xy, self.width) for kind, xy in paths)
+            over = (f'<svg class="path" viewBox="-0.5 -0.5 {self.width} {self.height}" '
+                    f'aria-hidden="true">{lines}</svg>')
         ticks = ""
         if given is not None:
             share = 100 * int((self.which < given).sum()) / len(self.which)
             ticks = f'<i class="ticks" style="--g:{share:.1f}%"></i>'
         text = f'<span class="cap">{e(caption)}</span>' if caption else ""
-        out = (f'<span class="tile"><span class="v"><img src="{picture}" alt="{e(alt)}">{over}</span>{ticks}{text}'
-               "</span>")
+        out = (f'<span class="tile"><span class="v"><img src="{picture}" alt="{e(alt)}">{over}'
+               f"</span>{ticks}{text}</span>")
         self.purse.left -= len(out)
         return out
 
@@ -936,20 +986,17 @@ def trace(kind, xy, width):
 def play_videos(file, purse, heading="h4"):
     """The videos of a file or of a data set, by class."""
     shown = file.shown
-    film = Film(shown, purse)
-    paths = file.paths if file.paths is not None else dots(shown)[0] if shown.size < 64 << 20 else None
-    groups, count = {}, 0
+    film, groups = Film(shown, purse), {}
     for i in by_class(file.labels, len(shown)):
-        if purse.left <= 0 and count:
+        if purse.left <= 0 and groups:
             break
-        name = name_of(int(file.labels[i]), file.classes) if file.labels is not None else ""
+        name = name_of(file.labels[i], file.classes) if file.labels is not None else ""
+        path = file.paths[i] if file.paths is not None else dots(shown[i:i + 1])[0][0]
         alt = f"video {i}{', ' + name if name else ''}: {shown.shape[1]} frames"
         groups.setdefault(name, []).append(
-            film.tile(i, alt, paths=[("p1", paths[i])] if paths is not None else (), given=file.given or None))
-        count += 1
-    out = []
-    names = [str(name) for name in file.classes]
-    for name in sorted(groups, key=lambda name: (names.index(name) if name in names else len(names), natural(name))):
+            film.tile(i, alt, paths=[("p1", path)], given=file.given or None))
+    names, out = [str(name) for name in file.classes], []
+    for name in sorted(groups, key=lambda name: names.index(name) if name in names else 1000):
         out.append((f"<{heading}>{e(name)}</{heading}>" if name else "") + film.group(groups[name]))
     return "".join(out) + less_frames(film, shown)
 
@@ -966,25 +1013,27 @@ def less_frames(film, shown):
 
 
 def play_files(files, budget):
-    """The parts of a page for .npz files. Videos that belong together, like predictions and what they were made from,
-    stand beside each other."""
+    """The parts of a page for .npz files. Videos that belong together, like predictions and what
+    they were made from, stand beside each other."""
     purse, parts = Purse(budget), []
     first = files[0]
     for file in files:
         if file is first or not belong(first, file):
-            others = [first] + [other for other in files[1:] if belong(first, other)] if file is first else [file]
+            together = [other for other in files[1:] if belong(first, other)]
+            others = [first] + together if file is first else [file]
             parts.append(one_file(others, purse))
     return Part("".join(parts), purse.frames)
 
 
 def one_file(files, purse):
-    file = files[0]
-    columns = [(name, videos, given) for other in files for name, videos, given in (
-        ([("truth", other.truth, 0)] if other.truth is not None else []) + [(other.path.name, other.shown, other.given)])]
-    words = [f"{short(file.total)} videos of {' x '.join(map(str, file.shown.shape[1:]))} (frames, channels, height, "
-             "width)", file.note]
-    head = (f'<section class="card" id="{ident(str(file.path))}"><h2>{e(" and ".join(f.path.name for f in files))}</h2>'
-            f'<p class="soft">{e(". ".join(filter(None, words)))}</p>')
+    file, columns = files[0], []
+    for other in files:
+        columns += [("truth", other.truth, 0)] if other.truth is not None else []
+        columns.append((other.path.name, other.shown, other.given))
+    shape = " x ".join(map(str, file.shown.shape[1:]))
+    words = f"{file.total:,} videos of {shape} (frames, channels, height, width). {file.note}"
+    head = (f'<section class="card" id="{ident(str(file.path))}">'
+            f'<h2>{e(" and ".join(f.path.name for f in files))}</h2><p class="soft">{e(words)}</p>')
     if len(columns) == 1:
         return head + play_videos(file, purse, "h3") + "</section>"
     count = min(len(videos) for _, videos, _ in columns)
@@ -995,17 +1044,20 @@ def one_file(files, purse):
     for i in by_class(file.labels, count):
         if purse.left <= 0 and sets:
             break
-        name = name_of(int(file.labels[i]), file.classes) if file.labels is not None else ""
+        name = name_of(file.labels[i], file.classes) if file.labels is not None else ""
         tiles = []
         for k, ((column, _, _), film) in enumerate(zip(columns, films)):
             both = [("p1", centres[0][i])] + ([("p2", centres[k][i])] if k else [])
-            tiles.append(film.tile(i, f"video {i} {name} from {column}", column, both, given if k and given else None))
-        sets.append(f'<div class="set">{films[0].group(tiles, "tight")}<span class="cap">video {i} {e(name)}</span></div>')
-    return head + f'<div class="sets">{"".join(sets)}</div>{less_frames(films[0], file.shown)}</section>'
+            marked = given if k and given else None
+            tiles.append(film.tile(i, f"video {i} {name} from {column}", column, both, marked))
+        sets.append(f'<div class="set">{films[0].group(tiles, "tight")}<span class="cap">video {i} '
+                    f"{e(name)}</span></div>")
+    return (f'{head}<div class="sets">{"".join(sets)}</div>{less_frames(films[0], file.shown)}'
+            "</section>")
 
 
 def belong(a, b):
-    """Whether two files hold the same videos in other versions: they begin alike, video by video."""
+    """Whether two files hold versions of the same videos: they begin alike, video by video."""
     if a is b or a.shown.shape[1:] != b.shown.shape[1:]:
         return a is b
     n = min(len(a.shown), len(b.shown), 16)
@@ -1019,16 +1071,14 @@ def ident(text):
     return "s" + hashlib.sha256(text.encode(errors="replace")).hexdigest()[:8]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # A data set: what is in it, and is it what it should be?
 
 def sample_of(run):
     """Some videos of a data run, of pieces from its beginning to its newest."""
-    pieces = [run.pieces[i] for i in sorted({round(x) for x in np.linspace(0, len(run.pieces) - 1, 6)})] \
-        if run.pieces else []
-    arrays = []
+    arrays, pieces = [], evenly(run.pieces, 6)
     for _, path in pieces:
-        file = read_videos(path, 64)
+        file = read_videos(path, 384 // len(pieces))
         if file.problem:
             run.notes.append(f"{path.name}: {file.problem}")
         else:
@@ -1044,11 +1094,16 @@ def sample_of(run):
     return one
 
 
+def evenly(items, most):
+    """At most so many of the items, the first and the last among them."""
+    if len(items) <= most:
+        return items
+    return [items[i] for i in np.linspace(0, len(items) - 1, most).round().astype(int)]
+
+
 def class_counts(run):
     """({label: videos}, videos counted): in all pieces, or in some if there are very many."""
-    few = [run.pieces[i] for i in sorted({round(x) for x in np.linspace(0, len(run.pieces) - 1, 100)})] \
-        if run.pieces else []
-    counts = {}
+    few, counts = evenly(run.pieces, 100), {}
     for _, path in few:
         try:
             labels = first_rows(path, {"labels": 1 << 20})[0]["labels"]
@@ -1065,17 +1120,21 @@ def data_part(run, budget):
     purse, out = Purse(budget), []
     if counts:
         most, total = max(counts.values()), sum(counts.values())
-        some = f" (counted in {pieces} of {len(run.pieces)} checkpoints)" if pieces < len(run.pieces) else ""
-        out.append(f"<h3>Videos by class{some}</h3><table class=\"bars\">")
+        some = f" (counted in {pieces} of {len(run.pieces)} checkpoints)"
+        some = some if pieces < len(run.pieces) else ""
+        out.append(f'<h3>Videos by class{some}</h3><table class="bars">')
         for label in sorted(counts)[:50]:
+            count = counts[label]
             out.append(f'<tr><th scope="row">{e(name_of(label, CLASSES))}</th><td><i style="width:'
-                       f'{100 * counts[label] / most:.1f}%"></i></td><td>{counts[label]:,}</td>'
-                       f"<td>{percent(counts[label], total) if len(counts) > 1 else '100%'}</td></tr>")
+                       f'{100 * count / most:.1f}%"></i></td><td>{count:,}</td>'
+                       f"<td>{100 * count / total:.1f} %</td></tr>")
         out.append("</table>")
-        if min(counts.values()) < 0.9 * most - 2 * max(1, pieces):
-            run.checks.append(("warn", f"the classes are uneven: {min(counts.values()):,} to {most:,} videos"))
+        if min(counts.values()) < 0.9 * most - 2 * pieces:
+            words = f"the classes are uneven: {min(counts.values()):,} to {most:,} videos"
+            run.checks.append(("warn", words))
     if sample.shown is None:
-        out.append('<p class="soft">No videos to show yet: they come with the first checkpoint.</p>')
+        out.append('<p class="soft">No videos to show yet: they come with the first checkpoint.'
+                   '</p>')
         return "".join(out), purse.frames
     out.append(figures_of(run, sample))
     out.append(f"<h3>Some of the videos</h3>{play_videos(sample, purse)}")
@@ -1083,31 +1142,36 @@ def data_part(run, budget):
 
 
 def figures_of(run, sample):
-    """Distributions of where the dots are, how large and how fast, and whether they are where the labels say."""
-    some = sample.shown[:max(1, (16 << 20) // sample.shown[0].size)][:512]
+    """Where the dots are, how large and how fast, and whether they are where they should be."""
+    some = sample.shown[:max(1, (4 << 20) // sample.shown[0].size)]
     height, width = some.shape[3:]
     centres, radius, seen = dots(some)
     speed = np.sqrt(np.square(np.diff(centres, axis=1)).sum(-1))
     lines = []
     empty = 1 - seen.mean()
-    lines.append(check(run, empty == 0, f"{100 * empty:.1f} % of the frames show nothing", "every frame shows a dot"))
+    lines.append(check(run, empty == 0, f"{100 * empty:.1f} % of the frames show nothing",
+                       "every frame shows a dot"))
     if sample.paths is not None:
         distance = away(centres, sample.paths[:len(some)])
-        lines.append(check(run, distance < 0.5, f"the dots are {distance:.2f} px from where trajectory_2d says",
+        lines.append(check(run, distance < 0.5,
+                           f"the dots are {distance:.2f} px from where trajectory_2d says",
                            f"the dots are where trajectory_2d says, to {distance:.2f} px"))
         inside = ((sample.paths >= -0.5) & (sample.paths <= [width - 0.5, height - 0.5])).all()
-        lines.append(check(run, inside, "some dot centres lie outside the frame", "every dot centre is inside the frame"))
-    still = float(np.nanmax(np.ptp(centres, axis=1), initial=0)) < 0.5 if seen.any() else False
-    if still:
+        lines.append(check(run, inside, "some dot centres lie outside the frame",
+                           "every dot centre is inside the frame"))
+    if seen.any() and np.nanmax(np.nanmax(centres, 1) - np.nanmin(centres, 1)) < 0.5:
         lines.append(check(run, False, "nothing moves", ""))
-    median = lambda x: short(float(np.nanmedian(x))) if np.isfinite(x).any() else "none"   # noqa: E731
-    maps = [("Where the dots are", density(centres, width, height, "Where the dots are: a map of the frame")),
-            ("How large they are", histogram(radius, "radius, px", f"Radius of the dots, median {median(radius)} px")),
-            ("How fast they are", histogram(speed, "speed, px a frame",
-                                            f"Speed of the dots, median {median(speed)} px a frame", 2))]
-    figures = "".join(f"<figure><figcaption>{words}</figcaption>{picture}</figure>" for words, picture in maps)
-    return (f"<h3>Measured in {len(some):,} of the videos</h3><ul class=\"checks\">{''.join(lines)}</ul>"
-            f'<div class="row">{figures}</div>')
+    middle = lambda x: short(float(np.nanmedian(x))) if np.isfinite(x).any() else "none"   # noqa
+    maps = [("Where the dots are",
+             density(centres, width, height, "Where the dots are: a map of the frame")),
+            ("How large they are",
+             histogram(radius, "radius, px", f"Radius of the dots, median {middle(radius)} px")),
+            ("How fast they are",
+             histogram(speed, "speed, px a frame", f"Speed, median {middle(speed)} px a frame", 2))]
+    figures = "".join(f"<figure><figcaption>{words}</figcaption>{picture}</figure>"
+                      for words, picture in maps)
+    return (f"<h3>Measured in {len(some):,} of the videos</h3>"
+            f'<ul class="checks">{"".join(lines)}</ul><div class="row">{figures}</div>')
 
 
 def check(run, good, bad_words, good_words):
@@ -1116,11 +1180,11 @@ def check(run, good, bad_words, good_words):
     return f'<li class="{"good" if good else "bad"}">{e(good_words if good else bad_words)}</li>'
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # A training
 
 def read_samples(path, notes):
-    """samples.npz: {name: array}, videos as uint8 with C 1 or 3; {} if the pairs do not fit together."""
+    """samples.npz: {name: array}, videos as uint8 with C 1 or 3; {} where it does not fit."""
     try:
         if not path.is_file():
             return {}
@@ -1135,13 +1199,14 @@ def read_samples(path, notes):
             if name in arrays:
                 samples[name] = as_pixels(arrays[name])
         for a, b in (("real", "reconstructed"), ("predicted", "predicted_truth")):
-            if (a in samples) != (b in samples) or a in samples and samples[a].shape != samples[b].shape:
+            if np.shape(samples.get(a)) != np.shape(samples.get(b)):
                 raise ValueError(f"{a} and {b} do not fit together")
         for name in ("given", "step"):
             if name in arrays and np.ndim(arrays[name]) == 0:
                 samples[name] = int(arrays[name])
         labels = arrays.get("generated_labels")
-        if labels is not None and labels.dtype.kind in "iu" and labels.shape == samples["generated"].shape[:1]:
+        whole = getattr(labels, "dtype", np.dtype(float)).kind in "iu"
+        if whole and labels.shape == samples["generated"].shape[:1]:
             samples["generated_labels"] = labels.astype(np.int64)
         return samples if "real" in samples else {}
     except (ValueError, KeyError, TypeError) as error:
@@ -1155,17 +1220,38 @@ def training_part(run, budget):
     samples = read_samples(run.path / "samples.npz", run.notes)
     curves = loss_curves([(run.name, rows)], marks_of(run, rows))
     out.append(curves or '<p class="soft">No loss curve yet: it begins with the first epoch.</p>')
-    if any(not math.isfinite(value) for row in rows for value in (row["train_loss"], row["validation_loss"])
-           if isinstance(value, float)):
+    losses = [row[key] for row in rows for key in ("train_loss", "validation_loss")]
+    if not all(loss is None or math.isfinite(loss) for loss in losses):
         run.checks.append(("bad", "a loss is not finite"))
-    out.append(figures_part(run))
-    if not samples:
-        out.append('<p class="soft">No videos yet: training writes samples.npz from its first checkpoint on.</p>')
-    else:
+    if samples:
         at = f" at step {samples['step']:,}" if samples["step"] is not None else ""
         for part in (reconstructions, predictions, generations):
             out.append(guarded(part, run, samples, Purse(budget / 3, purse.frames), at))
-    return "".join(out), purse.frames
+    else:
+        out.append('<p class="soft">No videos yet: training writes samples.npz from its first '
+                   "checkpoint on.</p>")
+    out.append(guarded(figures_part, run))
+    return guarded(headlines, run.metrics) + "".join(out), purse.frames
+
+
+def headlines(metrics):
+    """The four figures that say most, large, each beside the hardest of its baselines."""
+    tiles = []
+    for words, where in (("PSNR of reconstructions", "tokenizer.psnr_db"),
+                         ("of test videos classified right", "classification.accuracy"),
+                         ("of generated videos judged right", "generation.judged_right"),
+                         ("error of predictions", "prediction.model.error_px")):
+        value, rows = look_up(metrics, where), [row for row in FIGURES if row[2] == where]
+        bases = [(look_up(metrics, row[5]), row[4]) for row in rows]
+        bases = [(base, name) for base, name in bases if base is not None]
+        if value is None or not bases:
+            continue
+        unit, how = rows[0][3], rows[0][6]
+        base, name = min(bases)
+        kind = "good" if beats(value, base, how) else "bad"
+        tiles.append(f'<li><b>{with_unit(value, unit)}</b>{words}<span class="{kind}">{name} '
+                     f"{with_unit(base, unit)}</span></li>")
+    return f'<ul class="heads">{"".join(tiles)}</ul>' if tiles else ""
 
 
 def history_of(run):
@@ -1174,7 +1260,8 @@ def history_of(run):
     good = []
     for row in rows if isinstance(rows, list) else []:
         if isinstance(row, dict) and as_number(row.get("step")) is not None:
-            numbers = {key: as_number(row.get(key)) for key in ("step", "epoch", "train_loss", "validation_loss")}
+            keys = "step", "epoch", "train_loss", "validation_loss"
+            numbers = {key: as_number(row.get(key)) for key in keys}
             good.append({**numbers, "phase": one_line(row.get("phase", "training"))[:60],
                          "restart": bool(row.get("restart"))})
     if len(good) < len(rows):
@@ -1183,42 +1270,49 @@ def history_of(run):
 
 
 def as_number(value):
-    return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e300 \
-        or isinstance(value, float) else None
+    """A float, or None for what is not a number. NaN and infinity are numbers here."""
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        return float(value) if isinstance(value, float) or abs(value) < 1e300 else None
 
 
 def marks_of(run, rows):
-    marks = [("restart", row["step"], f"restarted before step {row['step']:,.0f}") for row in rows if row["restart"]]
+    """Where it restarted, and where its checkpoints are or were."""
+    marks = [("restart", row["step"], f"restarted before step {row['step']:,.0f}")
+             for row in rows if row["restart"]]
     steps = {number: path.name for number, path in checkpointing.find_checkpoints(run.path)}
-    for name in checkpointing.read_records(run.path):
-        match = re.fullmatch(r"checkpoint_(\d{1,15})\.\w+", name)
-        if match:
-            steps.setdefault(int(match[1]), name)
-    every = -(-len(steps) // 60)
-    return marks + [("checkpoint", step, steps[step]) for step in sorted(steps)[::every or 1]]
+    try:
+        for name in checkpointing.read_records(run.path):
+            match = re.fullmatch(r"checkpoint_(\d{1,15})\.\w+", name)
+            if match:
+                steps.setdefault(int(match[1]), name)
+    except CheckpointError as error:
+        run.notes.append(words_of(error))
+    return marks + [("checkpoint", step, steps[step]) for step in evenly(sorted(steps), 60)]
 
 
 def loss_curves(trainings, marks=()):
-    """A diagram a phase. Of one training: train and validation loss; of several: their validation losses."""
+    """A diagram a phase: train and validation loss, or of several trainings the latter."""
     out = []
     for phase in list(dict.fromkeys(row["phase"] for _, rows in trainings for row in rows))[:6]:
         series = []
         for k, (name, rows) in enumerate(trainings):
             rows = [row for row in rows if row["phase"] == phase]
-            column = lambda key: [row[key] if row[key] is not None else math.nan for row in rows]   # noqa: E731, B023
+            steps = [row["step"] for row in rows]
+            train = [math.nan if row["train_loss"] is None else row["train_loss"] for row in rows]
+            held_out = [math.nan if row["validation_loss"] is None else row["validation_loss"]
+                        for row in rows]
             if len(trainings) == 1:
-                series.append(("train", 1, column("step"), column("train_loss"), False))
-                series.append(("validation", 2, column("step"), column("validation_loss"), True))
+                series.append(("train", 1, steps, train, False))
+                series.append(("validation", 2, steps, held_out, True))
             else:
-                series.append((name, k % 6 + 1, column("step"), column("validation_loss"), k >= 6))
+                series.append((name, k % 6 + 1, steps, held_out, k >= 6))
         values = np.concatenate([finite(xs, ys)[1] for _, _, xs, ys, _ in series])
         if not values.size:
             continue
         log = bool((values > 0).all() and values.max() > 5 * values.min())
-        last = finite(*series[-1][2:4])[1]
-        words = (f"Loss of the {phase}, from {short(values.max())} to {short(values.min())}" +
-                 (f", validation now {short(last[-1])}" if len(last) and len(trainings) == 1 else ""))
-        label = ("loss" if len(trainings) == 1 else "validation loss") + (", log scale" if log else "")
+        words = f"Loss of the {phase}, from {short(values.max())} to {short(values.min())}"
+        label = "loss" if len(trainings) == 1 else "validation loss"
+        label += ", log scale" if log else ""
         out.append(f"<figure><figcaption>{e(phase)}</figcaption>"
                    f"{plot(series, 'step', label, words, marks, log)}</figure>")
     return f'<h3>Loss</h3><div class="row">{"".join(out)}</div>' if out else ""
@@ -1226,26 +1320,33 @@ def loss_curves(trainings, marks=()):
 
 def reconstructions(run, samples, purse, at):
     real, made = samples["real"], samples["reconstructed"]
-    value, decibels, blank = skill(real, made)
+    value, ratio, blank = skill(real, made)
     centres, found = dots(real)[0], dots(made)[0]
     if value < 0 and len(real):
-        run.checks.append(("warn", f"reconstructions are worse than blank videos (skill {value:.2f})"))
+        words = f"reconstructions are worse than blank videos (skill {value:.2f})"
+        run.checks.append(("warn", words))
     error = np.abs(made.astype(np.int16) - real).astype(np.uint8)
     films = [Film(videos, purse) for videos in (real, made, error)]
     sets = []
     for i in range(min(12, len(real))):
         if sets and purse.left <= 0:
             break
-        each = -10 * math.log10(max(np.square(error[i] / 255.0).mean(), 1e-12))
+        each = decibels(np.square(error[i] / 255.0).mean())
         paths = [("p1", centres[i]), ("p2", found[i])]
         tiles = [films[0].tile(i, f"real video {i}", "real", paths),
-                 films[1].tile(i, f"the same after the tokenizer: PSNR {each:.1f} dB", "reconstructed", paths),
+                 films[1].tile(i, f"the same after the tokenizer: PSNR {each:.1f} dB",
+                               "reconstructed", paths),
                  films[2].tile(i, "the difference of the two, in brightness", "error")]
-        sets.append(f'<div class="set">{films[0].group(tiles, "tight")}<span class="cap">{each:.1f} dB</span></div>')
-    return (f"<h3>Reconstructed{at}</h3><p>On these {len(real)} videos: skill <b>{value:.3f}</b> (a blank video has 0, a "
-            f"perfect one 1), PSNR <b>{decibels:.1f} dB</b> (blank {blank:.1f} dB), dots "
-            f"<b>{away(centres, found):.2f} px</b> from where they are.</p><div class=\"sets\">{''.join(sets)}</div>"
-            + less_frames(films[0], real))
+        sets.append(f'<div class="set">{films[0].group(tiles, "tight")}<span class="cap">'
+                    f"{each:.1f} dB</span></div>")
+    return (f"<h3>Reconstructed{at}</h3><p>On these {len(real)} videos: skill <b>{value:.3f}</b> "
+            f"(a blank video has 0, a perfect one 1), PSNR <b>{ratio:.1f} dB</b> (blank "
+            f"{blank:.1f} dB), dots <b>{px(away(centres, found))}</b> from where they are.</p>"
+            f'{LEGEND}<div class="sets">{"".join(sets)}</div>' + less_frames(films[0], real))
+
+
+LEGEND = ('<p class="pathwords soft">Paths: blue true, orange made; a ring is where they begin.'
+          "</p>")
 
 
 def predictions(run, samples, purse, at):
@@ -1263,64 +1364,70 @@ def predictions(run, samples, purse, at):
         off = away(centres[i, given:], found[i, given:])
         tiles = [films[0].tile(i, f"real video {i}, to be predicted from frame {given}", "truth",
                                [("p1", centres[i])], given),
-                 films[1].tile(i, f"its prediction, {off:.1f} px off", "predicted",
+                 films[1].tile(i, f"its prediction, {px(off)} off", "predicted",
                                [("p1", centres[i]), ("p2", found[i])], given)]
-        sets.append(f'<div class="set">{films[0].group(tiles, "tight")}<span class="cap">{off:.1f} px off</span></div>')
-    beats = "good" if error < last else "bad"
-    return (f"<h3>Predicted{at}</h3><p>The first {given} frames were given (<i class=\"sky\"></i> below the video), the "
-            f"others are predicted (<i class=\"orange\"></i>). On these {len(truth)} videos: <b class=\"{beats}\">"
-            f"{error:.2f} px</b> off; to go on showing the last given frame is {last:.2f} px off.</p>"
-            f'<p class="pathwords soft">Paths: blue true, orange predicted; a ring is where they begin.</p>'
+        sets.append(f'<div class="set">{films[0].group(tiles, "tight")}<span class="cap">'
+                    f"{px(off)} off</span></div>")
+    kind = "good" if error < last else "bad"
+    return (f'<h3>Predicted{at}</h3><p>The first {given} frames were given (<i class="sky"></i> '
+            'below the video), the others are predicted (<i class="orange"></i>). On these '
+            f'{len(truth)} videos: <b class="{kind}">{px(error)}</b> off; to go on showing the '
+            f"last given frame is {px(last)} off.</p>{LEGEND}"
             f'<div class="sets">{"".join(sets)}</div>' + less_frames(films[0], truth))
 
 
 def generations(run, samples, purse, at):
     if "generated" not in samples or not len(samples["generated"]):
         return ""
-    file = Videos(run.path, samples["generated"], len(samples["generated"]), samples.get("generated_labels"),
-                  samples["classes"])
+    file = Videos(run.path, samples["generated"], len(samples["generated"]),
+                  samples.get("generated_labels"), samples["classes"])
     empty = 1 - dots(file.shown)[2].mean()
-    words = f"<p>{100 * empty:.1f} % of the frames show nothing; real ones always show a dot.</p>" if empty > 0.01 else ""
+    words = ""
+    if empty > 0.01:
+        words = f"<p>{100 * empty:.1f} % of the frames show nothing; real ones never do.</p>"
     return f"<h3>Generated{at}</h3>{words}" + play_videos(file, purse)
 
 
 # -- figures, each with its baseline
 
-# (group, words, where it is in metrics.json, unit, words and place of the baseline, how the two compare)
-# compare: > must be above it, < below it; near: at least nine tenths of it; close: at most three times it;
-# own: not much below it, else the videos are copies; none: there is nothing to beat
+# (group, words, place in metrics.json, unit, words and place of the baseline, how the two compare)
+# How: > must be above it, < below it; near: at least nine tenths of it; close: at most three times
+# it; own: not much below it, else the videos are copies; none: there is nothing to beat.
 FIGURES = [
-    ("Tokenizer", "size of a video", "tokenizer.bits_per_video", "bits", "raw pixels", "tokenizer.raw_bits", "<"),
+    ("Tokenizer", "size of a video", "tokenizer.bits_per_video", "bits",
+     "raw pixels", "tokenizer.raw_bits", "<"),
     ("Tokenizer", "PSNR", "tokenizer.psnr_db", "dB", "blank video", "tokenizer.blank_psnr_db", ">"),
     ("Tokenizer", "skill, 1 - MSE / MSE of blank", "tokenizer.skill", "", "blank video", 0.0, ">"),
-    ("Tokenizer", "foreground error", "tokenizer.foreground_error", "", "blank video",
-     "tokenizer.blank_foreground_error", "<"),
-    ("Tokenizer", "dot's distance from the truth", "tokenizer.centroid_error_px", "px", "middle of the frame",
-     "tokenizer.middle_centroid_error_px", "<"),
+    ("Tokenizer", "foreground error", "tokenizer.foreground_error", "",
+     "blank video", "tokenizer.blank_foreground_error", "<"),
+    ("Tokenizer", "dot's distance from the truth", "tokenizer.centroid_error_px", "px",
+     "middle of the frame", "tokenizer.middle_centroid_error_px", "<"),
     ("Tokenizer", "frames without a dot", "tokenizer.frames_without_dot", "%", "", None, "none"),
     ("Tokenizer", "frames with two dots", "tokenizer.frames_with_two_dots", "%", "", None, "none"),
-    ("Tokenizer", "codes in use", "tokenizer.active_codes", "", "all there are", "tokenizer.codes", "none"),
-    ("Tokenizer", "perplexity of codes, foreground", "tokenizer.foreground_perplexity", "", "all codes alike",
-     "tokenizer.codes", "none"),
-    ("Classified", "right, whole videos", "classification.accuracy", "%", "chance", "classification.chance", ">"),
-    ("Classified", "right, first half of the frames", "classification.accuracy_first_half", "%", "chance",
-     "classification.chance", ">"),
-    ("Generated", "judged to be of the class asked for", "generation.judged_right", "%", "real videos",
-     "judge.accuracy_on_real", "near"),
-    ("Generated", "the same, first try", "generation.judged_right_unchosen", "%", "real videos",
-     "judge.accuracy_on_real", "near"),
-    ("Generated", "frames with exactly one dot", "generation.one_dot", "%", "real videos",
-     "generation.one_dot_real", "near"),
-    ("Generated", "distance of the paths to real ones", "generation.feature_distance", "", "real from real",
-     "generation.feature_distance_real_halves", "close"),
-    ("Generated", "nearest training video, RMSE", "generation.nearest_training_video_rmse", "", "real videos",
-     "generation.nearest_training_video_rmse_real", "own"),
-    ("Predicted", "dot's distance from the truth", "prediction.model.error_px", "px", "copy of the last frame",
-     "prediction.copy_last.error_px", "<"),
-    ("Predicted", "", "prediction.model.error_px", "px", "constant velocity",
-     "prediction.constant_velocity.error_px", "<"),
-    ("Predicted", "", "prediction.model.error_px", "px", "nearest training video",
-     "prediction.nearest_neighbour.error_px", "<"),
+    ("Tokenizer", "codes in use", "tokenizer.active_codes", "",
+     "all there are", "tokenizer.codes", "none"),
+    ("Tokenizer", "perplexity of codes, foreground", "tokenizer.foreground_perplexity", "",
+     "all codes alike", "tokenizer.codes", "none"),
+    ("Classified", "right, whole videos", "classification.accuracy", "%",
+     "chance", "classification.chance", ">"),
+    ("Classified", "right, first half of the frames", "classification.accuracy_first_half", "%",
+     "chance", "classification.chance", ">"),
+    ("Generated", "judged to be of the class asked for", "generation.judged_right", "%",
+     "real videos", "judge.accuracy_on_real", "near"),
+    ("Generated", "the same, first try", "generation.judged_right_unchosen", "%",
+     "real videos", "judge.accuracy_on_real", "near"),
+    ("Generated", "frames with exactly one dot", "generation.one_dot", "%",
+     "real videos", "generation.one_dot_real", "near"),
+    ("Generated", "distance of the paths to real ones", "generation.feature_distance", "",
+     "real from real", "generation.feature_distance_real_halves", "close"),
+    ("Generated", "nearest training video, RMSE", "generation.nearest_training_video_rmse", "",
+     "real videos", "generation.nearest_training_video_rmse_real", "own"),
+    ("Predicted", "dot's distance from the truth", "prediction.model.error_px", "px",
+     "copy of the last frame", "prediction.copy_last.error_px", "<"),
+    ("Predicted", "", "prediction.model.error_px", "px",
+     "constant velocity", "prediction.constant_velocity.error_px", "<"),
+    ("Predicted", "", "prediction.model.error_px", "px",
+     "nearest training video", "prediction.nearest_neighbour.error_px", "<"),
     ("Predicted", "frames with exactly one dot", "prediction.one_dot", "%", "", None, "none"),
 ]
 VERDICTS = {">": ("beats it", "does not beat it"), "<": ("beats it", "does not beat it"),
@@ -1331,15 +1438,15 @@ VERDICTS = {">": ("beats it", "does not beat it"), "<": ("beats it", "does not b
 def look_up(metrics, where):
     """A number in nested dicts, or None."""
     if not isinstance(where, str):
-        return where
+        return where   # a number known beforehand, or None
     for key in where.split("."):
         metrics = as_dict(metrics).get(key)
     return as_number(metrics)
 
 
 def beats(value, base, how):
-    return {">": value > base, "<": value < base, "near": value >= 0.9 * base, "close": value <= 3 * base,
-            "own": value >= 0.7 * base}[how]
+    return {">": value > base, "<": value < base, "near": value >= 0.9 * base,
+            "close": value <= 3 * base, "own": value >= 0.7 * base}[how]
 
 
 def with_unit(value, unit):
@@ -1351,10 +1458,10 @@ def with_unit(value, unit):
 
 
 def figures_of_metrics(metrics):
-    """[(group, words, value, baseline, words of the baseline, True, False or None)] of what is there."""
+    """[(group, words, value, baseline, its words, whether it beats it or None, how)]."""
     rows = []
     for group, words, where, unit, base_words, base_where, how in FIGURES:
-        value, base = look_up(metrics, where), look_up(metrics, base_where) if base_where is not None else None
+        value, base = look_up(metrics, where), look_up(metrics, base_where)
         if value is None or not words and base is None:
             continue
         better = None if how == "none" or base is None else bool(beats(value, base, how))
@@ -1367,7 +1474,7 @@ def figures_part(run):
     """The evaluation: the table, the confusion, and the prediction by class and by distance."""
     metrics = run.metrics
     if not metrics:
-        return '<p class="soft">No evaluation yet: it comes at the end of training.</p>' if run.kind == "training" else ""
+        return '<p class="soft">No evaluation yet: it comes at the end of training.</p>'
     rows, out, group = figures_of_metrics(metrics), ["<h3>Evaluated on test videos</h3>"], None
     for warning in metrics.get("warnings") if isinstance(metrics.get("warnings"), list) else []:
         run.checks.append(("warn", one_line(warning)))
@@ -1380,14 +1487,15 @@ def figures_part(run):
         if better is not None:
             mark = f'<span class="{"good" if better else "bad"}">{VERDICTS[how][not better]}</span>'
             if not better and how in "<>":
-                run.checks.append(("warn", f"{group.lower()}: {words or 'distance'} {value} does not beat {base_words} "
-                                   f"({base})".replace("  ", " ")))
+                run.checks.append(("warn", f"{group.lower()}: {words or 'distance'} {value or ''} "
+                                   f"does not beat {base_words} ({base})"))
         table.append(f'<tr><th scope="row">{e(words)}</th><td class="number"><b>{e(value)}</b></td>'
-                     f'<td class="number">{e(base)}</td><td>{e(base_words)}</td><td>{mark}</td></tr>')
+                     f'<td class="number">{e(base)}</td><td>{e(base_words)}</td><td>{mark}</td>'
+                     "</tr>")
     if table:
-        out.append('<div class="wide"><table class="figures"><thead><tr><th scope="col">figure</th><th scope="col">model'
-                   '</th><th scope="col" colspan="2">baseline</th><th scope="col"></th></tr></thead><tbody>'
-                   + "".join(table) + "</tbody></table></div>")
+        out.append('<div class="wide"><table class="figures"><thead><tr><th scope="col">figure</th>'
+                   '<th scope="col">model</th><th scope="col" colspan="2">baseline</th>'
+                   "<th></th></tr></thead><tbody>" + "".join(table) + "</tbody></table></div>")
     out.append('<div class="row">')
     for part in (confusion, by_horizon, by_name):
         out.append(guarded(part, metrics))
@@ -1414,15 +1522,17 @@ def confusion(metrics):
         body += f'<tr><th scope="row">{e(name)}</th>'
         for j in range(len(names)):
             kind = "right" if i == j else "wrong"
-            body += (f'<td class="{kind}{" strong" * bool(shares[i, j] > 0.55)}" style="--p:{100 * shares[i, j]:.0f}%">'
+            kind += " strong" if shares[i, j] > 0.55 else ""
+            body += (f'<td class="{kind}" style="--p:{100 * shares[i, j]:.0f}%">'
                      f"{counts[i, j]:,.0f}</td>")
         body += "</tr>"
-    return ('<figure><figcaption>Confusion: true class by guessed class</figcaption><div class="wide"><table '
-            f'class="confusion"><thead><tr><th scope="col">true \\ guessed</th>{head}</tr></thead><tbody>{body}</tbody>'
-            "</table></div></figure>")
+    return ('<figure><figcaption>Confusion: true class by guessed class</figcaption>'
+            '<div class="wide"><table class="confusion"><thead><tr><th scope="col">true \\ guessed'
+            f"</th>{head}</tr></thead><tbody>{body}</tbody></table></div></figure>")
 
 
-METHODS = (("model", "the model"), ("copy_last", "copy of the last frame"), ("constant_velocity", "constant velocity"),
+METHODS = (("model", "the model"), ("copy_last", "copy of the last frame"),
+           ("constant_velocity", "constant velocity"),
            ("nearest_neighbour", "nearest training video"))
 
 
@@ -1431,19 +1541,21 @@ def by_horizon(metrics):
     for k, (key, words) in enumerate(METHODS):
         errors = as_dict(part.get(key)).get("by_horizon")
         if isinstance(errors, list) and errors:
-            errors = [as_number(value) if as_number(value) is not None else math.nan for value in errors]
+            errors = [as_number(value) for value in errors]
+            errors = [math.nan if value is None else value for value in errors]
             series.append((words, k + 1, list(range(1, len(errors) + 1)), errors, k > 0))
     if not series:
         return ""
     given = as_number(part.get("frames_given"))
-    words = "Prediction error by frames ahead: " + "; ".join(
-        f"{name} {', '.join(short(y) for y in ys)} px" for name, _, _, ys, _ in series)
-    return (f"<figure><figcaption>Prediction error by distance{f', {given:.0f} frames given' if given else ''}</figcaption>"
+    title = "Prediction error" + (f", {given:.0f} frames given" if given else "")
+    words = title + ": " + "; ".join(f"{name} {', '.join(short(y) for y in ys)} px"
+                                     for name, _, _, ys, _ in series)
+    return (f"<figure><figcaption>{title}</figcaption>"
             + plot(series, "frames ahead", "error, px", words, zero=True) + "</figure>")
 
 
 def by_name(metrics):
-    """Per class: generated videos that are judged right, and the prediction beside the best baseline."""
+    """Of each class: generated videos judged right, and the prediction beside the best baseline."""
     right = as_dict(as_dict(metrics.get("generation")).get("judged_right_by_class"))
     part = as_dict(metrics.get("prediction"))
     errors = {key: as_dict(as_dict(part.get(key)).get("by_class")) for key, _ in METHODS}
@@ -1458,13 +1570,16 @@ def by_name(metrics):
         base, words = min(others) if others else (None, "")
         mark = ""
         if value is not None and base is not None:
-            mark = f'<span class="{"good" if value < base else "bad"}">{e(VERDICTS["<"][value >= base])}</span>'
+            kind, said = ("good", VERDICTS["<"][0]) if value < base else ("bad", VERDICTS["<"][1])
+            mark = f'<span class="{kind}">{said}</span>'
         body += (f'<tr><th scope="row">{e(one_line(name))}</th><td class="number">'
-                 f'{with_unit(as_number(right.get(name)), "%")}</td><td class="number">{with_unit(value, "px")}</td>'
-                 f'<td class="number">{with_unit(base, "px")}</td><td>{e(words)}</td><td>{mark}</td></tr>')
-    return ('<figure><figcaption>By class</figcaption><div class="wide"><table class="figures"><thead><tr><th scope="col">'
-            'class</th><th scope="col">generated, judged right</th><th scope="col">predicted</th><th scope="col" '
-            f'colspan="3">best baseline for this class</th></tr></thead><tbody>{body}</tbody></table></div></figure>')
+                 f'{with_unit(as_number(right.get(name)), "%")}</td><td class="number">'
+                 f'{with_unit(value, "px")}</td><td class="number">{with_unit(base, "px")}</td>'
+                 f"<td>{e(words)}</td><td>{mark}</td></tr>")
+    return ('<figure><figcaption>By class</figcaption><div class="wide"><table class="figures">'
+            '<thead><tr><th scope="col">class</th><th scope="col">generated, judged right</th>'
+            '<th scope="col">predicted</th><th scope="col" colspan="3">best baseline for this class'
+            f"</th></tr></thead><tbody>{body}</tbody></table></div></figure>")
 
 
 def comparison(runs):
@@ -1478,8 +1593,10 @@ def comparison(runs):
     if len(newest) < len(trainings):
         out.append(f'<p class="soft">The {len(newest)} newest of {len(trainings)}.</p>')
     out.append(loss_curves([(run.name, history_of(run)) for run in newest]))
-    tables = [{(group, words or base_words): (value, better) for group, words, value, _, base_words, better, _ in
-               figures_of_metrics(run.metrics) if words} for run in newest]
+    tables = []
+    for run in newest:
+        rows = figures_of_metrics(run.metrics)
+        tables.append({row[:2]: (row[2], row[5]) for row in rows if row[1]})
     keys = list(dict.fromkeys(key for table in tables for key in table))
     settings = list(dict.fromkeys(key for run in newest for key in run.settings))
     settings = [key for key in settings if len({repr(run.settings.get(key)) for run in newest}) > 1]
@@ -1487,7 +1604,8 @@ def comparison(runs):
     body = ""
     for key in settings[:30]:
         body += f'<tr><th scope="row">{e(one_line(key))} (setting)</th>' + "".join(
-            f'<td class="number">{e(one_line(run.settings.get(key, ""))[:80])}</td>' for run in newest) + "</tr>"
+            f'<td class="number">{e(one_line(run.settings.get(key, ""))[:80])}</td>'
+            for run in newest) + "</tr>"
     for key in keys:
         body += f'<tr><th scope="row">{e(key[0])}: {e(key[1])}</th>'
         for table in tables:
@@ -1496,13 +1614,14 @@ def comparison(runs):
             body += f'<td class="number"><span{kind}>{e(value)}</span></td>'
         body += "</tr>"
     if body:
-        out.append('<h3>Figures</h3><div class="wide"><table class="figures"><thead><tr><th scope="col">figure</th>'
-                   f"{heads}</tr></thead><tbody>{body}</tbody></table></div>"
-                   '<p class="soft">A tick beats its baseline, a cross does not; the baselines are with each run.</p>')
+        out.append('<h3>Figures</h3><div class="wide"><table class="figures"><thead><tr>'
+                   f'<th scope="col">figure</th>{heads}</tr></thead><tbody>{body}</tbody></table>'
+                   '</div><p class="soft">A tick beats its baseline, a cross does not; the '
+                   "baselines are with each run.</p>")
     return "".join(out) + "</section>"
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The page
 
 @dataclass
@@ -1513,7 +1632,7 @@ class Part:
 
 
 def guarded(function, *arguments):
-    """A part of the page, or words in its place: nothing that a file holds may cost the rest of the page."""
+    """A part of the page, or words in its place: one bad file must not cost the rest of it."""
     try:
         with np.errstate(all="ignore"):
             return function(*arguments)
@@ -1524,7 +1643,7 @@ def guarded(function, *arguments):
 
 def page_of(found):
     """The page of all runs, with fewer videos if it would become too large."""
-    for budget in (1_200_000, 500_000, 150_000, 30_000, 0):
+    for budget in (PICTURE_BYTES, 500_000, 150_000, 30_000, 0):
         page = page_within(found, budget)
         if len(page) <= PAGE_BYTES:
             break
@@ -1556,8 +1675,8 @@ def page_within(found, budget):
             frames |= seen
             body.append(part)
     if len(whole) < len(runs):
-        body.append(f'<p class="note">{len(runs) - len(whole)} more runs are in the list above only; '
-                    "python report.py DIR shows those of a directory.</p>")
+        body.append(f'<p class="note">{len(runs) - len(whole)} more runs are in the list above '
+                    "only; python report.py DIR shows those of a directory.</p>")
     if files:
         part = guarded(files_part, files, share)
         frames |= part.frames if isinstance(part, Part) else set()
@@ -1565,7 +1684,8 @@ def page_within(found, budget):
     body.insert(0, guarded(comparison, runs))
     if lines or found.notes:
         body.append('<section class="card" id="also"><h2>Also here</h2><ul>'
-                    + "".join(f"<li>{e(line)}</li>" for line in lines + found.notes) + "</ul></section>")
+                    + "".join(f"<li>{e(line)}</li>" for line in lines + found.notes)
+                    + "</ul></section>")
     return assemble(found.name, overview(runs), Part("".join(body), frames), runs, made)
 
 
@@ -1573,10 +1693,11 @@ def files_part(files, budget):
     """The newest files of videos that are no checkpoints, such as those of apply_magvit.py."""
     newest = sorted(files, key=lambda path: path.stat().st_mtime)[-8:]
     read = [read_videos(path, 24) for path in files if path in newest]
-    part = play_files([file for file in read if not file.problem], budget) if any(
-        not file.problem for file in read) else Part("")
+    good = [file for file in read if not file.problem]
+    part = play_files(good, budget) if good else Part("")
     words = [f"{file.path.name}: {file.problem}" for file in read if file.problem]
-    words += [f"{path.name}: not shown, the page has the {len(newest)} newest" for path in files if path not in newest]
+    words += [f"{path.name}: not shown, the page has the {len(newest)} newest" for path in files
+              if path not in newest]
     if words:
         part.html += ('<section class="card" id="others"><h2>Other files</h2><ul>'
                       + "".join(f"<li>{e(line)}</li>" for line in words[:50]) + "</ul></section>")
@@ -1590,7 +1711,7 @@ WORKING = ("RUNNING", "STALLED", "SILENT")
 
 def chip(status):
     kind = status if status in STATES else "UNKNOWN"
-    words = STATES.get(status) or (status.lower()[:20] if status != "UNKNOWN" else "state not known")
+    words = STATES.get(status, "state not known" if status == "UNKNOWN" else status.lower()[:20])
     return f'<span class="chip {kind}">{e(words)}</span>'
 
 
@@ -1598,7 +1719,8 @@ def moment(seconds, kind):
     """A time; the script turns it into an age (data-t) or into the reader's own clock (data-at)."""
     try:
         text = time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(seconds))
-        return f'<time datetime="{text.replace(" ", "T")}Z" {kind}="{seconds:.0f}">{text} UTC</time>'
+        date = text.replace(" ", "T")
+        return f'<time datetime="{date}Z" {kind}="{seconds:.0f}">{text} UTC</time>'
     except (ValueError, OverflowError, OSError):
         return "at an unknown time"
 
@@ -1612,18 +1734,22 @@ def state_lines(run):
     share = 100 * min(done, total) / total if total else 0
     out = []
     if total:
-        out.append(f'<div class="bar {e(run.status if run.status in STATES else "UNKNOWN")}" role="img" aria-label="'
-                   f'{percent(done, total)} done"><i style="width:{share:.1f}%"></i></div>')
+        kind = run.status if run.status in STATES else "UNKNOWN"
+        out.append(f'<div class="bar {kind}"><i style="width:{share:.1f}%"></i></div>')
         out.append(f"<p><b>{percent(done, total)}</b> {done:,} of {total:,} {e(unit)}</p>")
     left = number_in(progress.get("ETA"), -1)
     beat = number_in(progress.get("Heartbeat"), -1)
     words = []
     if run.status in WORKING and left >= 0 and done < total:
-        words.append(f"{checkpointing.duration(left)} left, done at {moment(max(beat, 0) + left, 'data-at')}")
+        words.append(f"{checkpointing.duration(left)} left, done at "
+                     f"{moment(max(beat, 0) + left, 'data-at')}")
     if beat >= 0:
         age = "data-t" if run.status in WORKING else "data-ended"
         words.append(f"written {moment(beat, age)}")
-    return "".join(out) + (f'<p class="soft">{"; ".join(words)}</p>' if words else "")
+    own = [f"{key} {value[:60]}" for key, value in progress.items() if key not in SAID | ASIDE]
+    for line in ("; ".join(words), e("; ".join(own[:6]))):
+        out.append(f'<p class="soft">{line}</p>' if line else "")
+    return "".join(out)
 
 
 def overview(runs):
@@ -1631,8 +1757,8 @@ def overview(runs):
         return ""
     cards = []
     for run in [run for run in runs if run.progress][:MOST_CARDS]:
-        cards.append(f'<li class="run"><div><a href="#{run.id}">{e(shown_name(run))}</a>{chip(run.status)}</div>'
-                     f"{state_lines(run)}</li>")
+        cards.append(f'<li class="run"><div><a href="#{run.id}">{e(shown_name(run))}</a>'
+                     f"{chip(run.status)}</div>{state_lines(run)}</li>")
     more = len([run for run in runs if run.progress]) - len(cards)
     if more > 0:
         cards.append(f"<li>and {more:,} more</li>")
@@ -1640,16 +1766,18 @@ def overview(runs):
 
 
 def shown_name(run):
-    return (run.title or run.kind) if run.name == "." else f"{run.name}" + (f" ({run.title})" if run.title else "")
+    if run.name == ".":
+        return run.title or run.kind
+    return f"{run.name} ({run.title})" if run.title else run.name
 
 
 SAID = {"Status", "Error", "Progress", "ETA", "Heartbeat", "Advanced", "Interval", "Last update"}
+ASIDE = {"Checkpoint", "Elapsed", "Rate", "Run", "PID", "Host"}   # for the settings and state alone
 
 
 def run_card(run, budget, folded):
     """(html, lengths of its videos) of one run."""
-    kind = {"data": data_part, "training": training_part, "evaluation": lambda run, _: (figures_part(run), set()),
-            "job": lambda run, _: ("", set())}[run.kind]
+    kind = {"data": data_part, "training": training_part}.get(run.kind, other_part)
     part = guarded(kind, run, budget)
     inner, frames = part if isinstance(part, tuple) else (part, set())
     out = []
@@ -1661,19 +1789,25 @@ def run_card(run, budget, folded):
                    + (f"<li>and {len(notes) - 20} more</li>" if len(notes) > 20 else "") + "</ul>")
     if run.parts:
         out.append('<ul class="runs many">' + "".join(
-            f'<li class="run"><div>{e(part.path.name)}{chip(part.status)}</div>{state_lines(part)}</li>'
-            for part in run.parts[:100]) + "</ul>")
+            f'<li class="run"><div>{e(part.path.name)}{chip(part.status)}</div>{state_lines(part)}'
+            "</li>" for part in run.parts[:100]) + "</ul>")
     facts = [(key, value) for key, value in run.progress.items() if key not in SAID]
     facts += [(key, value) for key, value in run.settings.items()]
     if facts:
-        out.append(f'<details id="{run.id}f"><summary>Settings and state</summary><dl>' + "".join(
-            f"<div><dt>{e(one_line(key))}</dt><dd>{e(one_line(value)[:200])}</dd></div>" for key, value in facts[:80])
-            + "</dl></details>")
+        lines = [f"<div><dt>{e(one_line(key))}</dt><dd>{e(one_line(value)[:200])}</dd></div>"
+                 for key, value in facts[:80]]
+        out.append(f'<details id="{run.id}f"><summary>Settings and state</summary>'
+                   f'<dl>{"".join(lines)}</dl></details>')
     inner = "".join(out) + inner
     heading = f"{e(shown_name(run))} {chip(run.status) if run.progress else ''}"
     if folded:
-        return f'<details class="card" id="{run.id}"><summary><h2>{heading}</h2></summary>{inner}</details>', frames
+        return (f'<details class="card" id="{run.id}"><summary><h2>{heading}</h2></summary>{inner}'
+                "</details>"), frames
     return f'<section class="card" id="{run.id}"><h2>{heading}</h2>{inner}</section>', frames
+
+
+def other_part(run, budget):
+    return figures_part(run) if run.kind == "evaluation" else "", set()
 
 
 def verdict_of(runs):
@@ -1682,7 +1816,7 @@ def verdict_of(runs):
     for run in runs:
         said = {"FAILED": ("bad", f"failed: {run.progress.get('Error', 'no reason given')}"),
                 "STALLED": ("warn", "it beats, but the work has not moved"),
-                "SILENT": ("warn", "no sign of life: the process may be dead, or this is an old copy"),
+                "SILENT": ("warn", "no sign of life: it may be dead, or this is an old copy"),
                 "INTERRUPTED": ("warn", "stopped; the same command goes on")}.get(run.status)
         for kind, words in ([said] if said else []) + list(dict.fromkeys(run.checks)) + [
                 ("warn", note) for note in dict.fromkeys(run.notes)]:
@@ -1709,12 +1843,16 @@ def assemble(name, cards, part, runs, made):
     title = (f"{percent(*shares[0][:2])} " if len(shares) == 1 and shares[0][1] else sign) + name
     verdict = ""
     if level:
-        few = "".join(f'<li class="{kind}"><a href="#{where}">{e(words)}</a></li>' for kind, words, where in lines[:8])
+        few = "".join(f'<li class="{kind}"><a href="#{where}">{e(words)}</a></li>'
+                      for kind, words, where in lines[:8])
         more = f"<li>and {len(lines) - 8} more, with the runs below</li>" if len(lines) > 8 else ""
-        verdict = (f'<section class="verdict {level}" id="verdict" role="status"><p class="head">{e(headline)}</p>'
-                   f'<p class="stale" hidden></p><ul>{few}{more}</ul></section>')
+        verdict = (f'<section class="verdict {level}" id="verdict" role="status"><p class="head">'
+                   f'{e(headline)}</p><p class="stale" hidden></p><ul>{few}{more}</ul></section>')
     icon = ICONS.get(level, ICONS["good"])
-    policy = base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode()
+    script = base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode()
+    policy = ("default-src 'none'; img-src data:; style-src 'unsafe-inline'; base-uri 'none'; "
+              f"form-action 'none'; script-src 'sha256-{script}'")
+    said = "as of" if working else "made"
     lengths = " ".join(map(str, sorted(part.frames)))
     reload = f' data-reload="{RELOAD}" data-old="{OLD}"' if working else ""
     return f"""<!DOCTYPE html>
@@ -1722,8 +1860,7 @@ def assemble(name, cards, part, runs, made):
 <head>
 <meta charset="utf-8">
 <meta name="generator" content="{MARK}">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'; \
-script-src 'sha256-{policy}'; base-uri 'none'; form-action 'none'">
+<meta http-equiv="Content-Security-Policy" content="{policy}">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <meta name="color-scheme" content="light dark">
 <title>{e(title)}</title>
@@ -1731,9 +1868,9 @@ script-src 'sha256-{policy}'; base-uri 'none'; form-action 'none'">
 <style>{STYLE}</style>
 </head>
 <body>
-<header><h1>{e(name)}</h1><p class="soft">{'as of' if working else 'made'} {moment(made, 'data-t')}</p></header>
-<noscript><p class="note">Script is off: the videos show their first frame, and the page does not reload itself.</p>
-</noscript>
+<header><h1>{e(name)}</h1><p class="soft">{said} {moment(made, "data-t")}</p></header>
+<noscript><p class="note">Script is off: the videos show their first frame, and the page does not
+reload itself.</p></noscript>
 {verdict}{TOOLS if part.frames else ''}
 <main>{cards}{part.html}</main>
 <footer class="soft">Made by report.py from the files beside it.</footer>
@@ -1743,52 +1880,62 @@ script-src 'sha256-{policy}'; base-uri 'none'; form-action 'none'">
 """.encode()
 
 
-ICON = '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 16 16"><circle cx="8" cy="8" r="8" fill="%s"/><path d="%s" ' \
-       'stroke="#fff" stroke-width="2" fill="none"/></svg>'
+ICON = ('<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 16 16"><circle cx="8" cy="8" r="8" '
+        'fill="%s"/><path d="%s" stroke="#fff" stroke-width="2" fill="none"/></svg>')
 ICONS = {"good": ICON % ("#007a5a", "M4 8l3 3 5-6"), "warn": ICON % ("#b06000", "M8 3v6m0 2v2"),
          "bad": ICON % ("#b3261e", "M5 5l6 6m0-6l-6 6")}
 
-TOOLS = """<nav class="tools" aria-label="videos"><button id="play" type="button" aria-keyshortcuts="Space">Pause</button>
-<label>frame <input id="frame" type="range" min="0" value="0" aria-label="frame"></label><output id="at">1</output>
+TOOLS = """<nav class="tools" aria-label="videos">
+<button id="play" type="button" aria-keyshortcuts="Space">Pause</button>
+<label>frame <input id="frame" type="range" min="0" value="0" aria-label="frame"></label>
+<output id="at">1</output>
 <button id="paths" type="button" aria-pressed="false" aria-keyshortcuts="p">Paths</button>
 <button id="whole" type="button" aria-pressed="false" aria-keyshortcuts="f">All frames</button>
 <span class="soft hint">space plays, arrows step, p paths, f frames</span></nav>"""
 
 STYLE = """
-:root{--back:#f5f5f2;--card:#fff;--ink:#1c1f24;--soft:#5a6069;--line:#d9dadd;--fill:#e9eaec;--link:#00568a;
---good:#00694e;--warn:#8f4e00;--bad:#b3261e;--goodback:#e2f3ec;--warnback:#fdf0d8;--badback:#fce4e1;
---k1:#0072b2;--k2:#d55e00;--k3:#009e73;--k4:#aa5590;--k5:#8a7400;--k6:#555b66;--sky:#56b4e9;--orange:#e69f00}
-@media (prefers-color-scheme:dark){:root{--back:#121417;--card:#1b1e23;--ink:#e6e8eb;--soft:#a2a9b3;--line:#343940;
---fill:#2a2e35;--link:#7cc4f0;--good:#4fd0a5;--warn:#f0b35a;--bad:#ff8d80;--goodback:#12302a;--warnback:#372a12;
---badback:#3d1c1a;--k1:#56b4e9;--k2:#f08a3c;--k3:#2fc59a;--k4:#d78fc0;--k5:#e3d34a;--k6:#aab1bc}}
-*{box-sizing:border-box}
-html{scroll-padding-top:4rem}
+:root{--back:#f5f5f2;--card:#fff;--ink:#1c1f24;--soft:#5a6069;--line:#d9dadd;--fill:#e9eaec;
+  --link:#00568a;--good:#00694e;--warn:#8f4e00;--bad:#b3261e;--goodback:#e2f3ec;--warnback:#fdf0d8;
+  --badback:#fce4e1;--k1:#0072b2;--k2:#d55e00;--k3:#009e73;--k4:#aa5590;--k5:#8a7400;--k6:#555b66;
+  --sky:#56b4e9;--orange:#e69f00}
+@media (prefers-color-scheme:dark){:root{--back:#121417;--card:#1b1e23;--ink:#e6e8eb;--soft:#a2a9b3;
+  --line:#343940;--fill:#2a2e35;--link:#7cc4f0;--good:#4fd0a5;--warn:#f0b35a;--bad:#ff8d80;
+  --goodback:#12302a;--warnback:#372a12;--badback:#3d1c1a;--k1:#56b4e9;--k2:#f08a3c;--k3:#2fc59a;
+  --k4:#d78fc0;--k5:#e3d34a;--k6:#aab1bc}}
+*{box-sizing:border-box}html{scroll-padding-top:4rem}
 body{margin:0 auto;max-width:1120px;padding:0 16px 48px;background:var(--back);color:var(--ink);
-font:15px/1.5 system-ui,-apple-system,"Segoe UI",Roboto,"Helvetica Neue",Arial,sans-serif;overflow-wrap:anywhere}
+  font:15px/1.5 system-ui,-apple-system,"Segoe UI",Roboto,"Helvetica Neue",Arial,sans-serif;
+  overflow-wrap:anywhere}
 header{display:flex;flex-wrap:wrap;align-items:baseline;gap:0 16px;margin:20px 0 12px}
-h1{font-size:1.5rem;margin:0}h2{font-size:1.2rem;margin:0 0 8px;display:inline-flex;gap:10px;flex-wrap:wrap;
-align-items:center}h3{font-size:1rem;margin:24px 0 8px}h4{font-size:.9rem;margin:12px 0 4px;font-weight:600}
-p{margin:4px 0}ul{margin:4px 0;padding-left:20px}a{color:var(--link)}.soft{color:var(--soft);font-size:.87rem}
+h1{font-size:1.5rem;margin:0}
+h2{font-size:1.2rem;margin:0 0 8px;display:inline-flex;gap:10px;flex-wrap:wrap;align-items:center}
+h3{font-size:1rem;margin:24px 0 8px}h4{font-size:.9rem;margin:12px 0 4px;font-weight:600}
+p{margin:4px 0}ul{margin:4px 0;padding-left:20px}a{color:var(--link)}
+.soft{color:var(--soft);font-size:.87rem}
 :focus-visible{outline:3px solid var(--k1);outline-offset:2px;border-radius:4px}
-.card{display:block;background:var(--card);border:1px solid var(--line);border-radius:10px;padding:16px;margin:16px 0}
+.card{display:block;background:var(--card);border:1px solid var(--line);border-radius:10px;
+  padding:16px;margin:16px 0}
 .card>summary{cursor:pointer}.card>summary h2{margin:0}details>summary{cursor:pointer;margin:8px 0}
 .verdict{border-radius:10px;padding:12px 16px;border:1px solid;border-left-width:8px}
-.verdict .head{font-size:1.2rem;font-weight:650;margin:0}.verdict ul{list-style:none;padding:0;margin:0}
-.verdict li{margin-top:4px}.verdict a{color:inherit}
-.verdict.good{background:var(--goodback);border-color:var(--good)}.verdict.good .head::before{content:"\\2713\\a0"}
+.verdict .head{font-size:1.2rem;font-weight:650;margin:0}
+.verdict ul{list-style:none;padding:0;margin:0}.verdict li{margin-top:4px}.verdict a{color:inherit}
+.verdict.good{background:var(--goodback);border-color:var(--good)}
+.verdict.good .head::before{content:"\\2713\\a0"}
 .verdict.warn,.verdict.none{background:var(--warnback);border-color:var(--warn)}
 .verdict.warn .head::before,.verdict li.warn::before{content:"!\\a0";font-weight:700}
 .verdict.bad{background:var(--badback);border-color:var(--bad)}
 .verdict.bad .head::before,.verdict li.bad::before{content:"\\2715\\a0"}
-.stale{color:var(--warn);font-weight:650}
-.note{color:var(--warn)}.error{color:var(--bad);font-weight:600}
-.runs{list-style:none;padding:0;display:grid;gap:12px;grid-template-columns:repeat(auto-fill,minmax(300px,1fr));
-margin:16px 0}.run{background:var(--card);border:1px solid var(--line);border-radius:10px;padding:10px 14px}
-.run>div:first-child{display:flex;justify-content:space-between;gap:10px;align-items:start;font-weight:600}
+.stale{color:var(--warn);font-weight:650}.note{color:var(--warn)}
+.error{color:var(--bad);font-weight:600}
+.runs{list-style:none;padding:0;display:grid;gap:12px;
+  grid-template-columns:repeat(auto-fill,minmax(300px,1fr));margin:16px 0}
+.run{background:var(--card);border:1px solid var(--line);border-radius:10px;padding:10px 14px}
+.run>div:first-child{display:flex;justify-content:space-between;gap:10px;align-items:start;
+  font-weight:600}
 .runs.many{grid-template-columns:repeat(auto-fill,minmax(230px,1fr));gap:8px;font-size:.87rem}
-.chip{font-size:.8rem;font-weight:600;border-radius:99px;padding:1px 10px;white-space:nowrap;border:1px solid;
-background:var(--fill);color:var(--soft)}.chip::before{margin-right:5px}
-.chip.RUNNING{color:var(--k1)}.chip.RUNNING::before{content:"\\25b6"}
+.chip{font-size:.8rem;font-weight:600;border-radius:99px;padding:1px 10px;white-space:nowrap;
+  border:1px solid;background:var(--fill);color:var(--soft)}
+.chip::before{margin-right:5px}.chip.RUNNING{color:var(--k1)}.chip.RUNNING::before{content:"\\25b6"}
 .chip.COMPLETE{color:var(--good);background:var(--goodback)}.chip.COMPLETE::before{content:"\\2713"}
 .chip.FAILED{color:var(--bad);background:var(--badback)}.chip.FAILED::before{content:"\\2715"}
 .chip.STALLED,.chip.SILENT,.chip.INTERRUPTED{color:var(--warn);background:var(--warnback)}
@@ -1796,59 +1943,77 @@ background:var(--fill);color:var(--soft)}.chip::before{margin-right:5px}
 .chip.UNKNOWN::before{content:"?"}
 .bar{height:8px;border-radius:4px;background:var(--fill);overflow:hidden;margin:8px 0 4px}
 .bar i{display:block;height:100%;background:var(--k1)}.bar.COMPLETE i{background:var(--good)}
-.bar.FAILED i{background:var(--bad)}.bar.STALLED i,.bar.SILENT i,.bar.INTERRUPTED i{background:var(--warn)}
-.tools{display:none;position:sticky;top:0;z-index:2;gap:8px;align-items:center;flex-wrap:wrap;padding:8px 0;
-background:var(--back)}.js .tools{display:flex}
-button{font:inherit;color:inherit;background:var(--card);border:1px solid var(--soft);border-radius:8px;
-padding:4px 14px;min-height:36px;cursor:pointer}button[aria-pressed=true]{background:var(--k1);color:var(--card)}
-#play{min-width:84px}#frame{vertical-align:middle;width:130px}#at{min-width:3.5em}
+.bar.FAILED i{background:var(--bad)}
+.bar.STALLED i,.bar.SILENT i,.bar.INTERRUPTED i{background:var(--warn)}
+.tools{display:none;position:sticky;top:0;z-index:2;gap:8px;align-items:center;flex-wrap:wrap;
+  padding:8px 0;background:var(--back)}
+.js .tools{display:flex}
+button{font:inherit;color:inherit;background:var(--card);border:1px solid var(--soft);
+  border-radius:8px;padding:4px 14px;min-height:36px;cursor:pointer}
+button[aria-pressed=true]{background:var(--k1);color:var(--card)}#play{min-width:84px}
+#frame{vertical-align:middle;width:130px}#at{min-width:3.5em}
 .row{display:flex;flex-wrap:wrap;gap:16px 28px}figure{margin:0;min-width:0;max-width:100%}
 figcaption{font-size:.87rem;font-weight:600;margin-bottom:4px}
 .plot{display:block;width:480px;max-width:100%;height:auto}.plot.small{width:270px}
 .plot text{font-size:11.5px;fill:var(--soft)}.plot .grid{stroke:var(--line);stroke-width:1}
 .plot .axis{stroke:var(--soft)}.plot polyline,.key line,.key path{fill:none;stroke-width:2}
-.c1{stroke:var(--k1)}.c2{stroke:var(--k2)}.c3{stroke:var(--k3)}.c4{stroke:var(--k4)}.c5{stroke:var(--k5)}
-.c6{stroke:var(--k6)}.f1{fill:var(--k1)}.f2{fill:var(--k2)}.f3{fill:var(--k3)}.f4{fill:var(--k4)}.f5{fill:var(--k5)}
-.f6{fill:var(--k6)}.dash{stroke-dasharray:6 4}.restart{stroke:var(--ink);stroke-width:1.5;stroke-dasharray:2 3}
-svg .saved{fill:var(--soft);stroke:none}.keys{display:flex;flex-wrap:wrap;gap:2px 16px;font-size:.82rem;
-color:var(--soft);margin:0 0 0 30px}.key{width:26px;height:8px;margin-right:6px}
+.c1{stroke:var(--k1)}.c2{stroke:var(--k2)}.c3{stroke:var(--k3)}.c4{stroke:var(--k4)}
+.c5{stroke:var(--k5)}.c6{stroke:var(--k6)}.f1{fill:var(--k1)}.f2{fill:var(--k2)}.f3{fill:var(--k3)}
+.f4{fill:var(--k4)}.f5{fill:var(--k5)}.f6{fill:var(--k6)}.dash{stroke-dasharray:6 4}
+.restart{stroke:var(--ink);stroke-width:1.5;stroke-dasharray:2 3}
+svg .saved{fill:var(--soft);stroke:none}
+.keys{display:flex;flex-wrap:wrap;gap:2px 16px;font-size:.82rem;color:var(--soft);margin:0 0 0 30px}
+.key{width:26px;height:8px;margin-right:6px}
 .films{display:flex;flex-wrap:wrap;gap:6px;max-width:100%}.films.tight{gap:2px;flex-wrap:nowrap}
 .sets{display:flex;flex-wrap:wrap;gap:14px 18px}.set{max-width:100%;overflow-x:auto}
-.tile{display:block}.v{display:block;position:relative;overflow:hidden;width:var(--w);height:var(--h);background:#000;
-border-radius:3px}.v img{display:block;height:100%;width:calc(var(--n)*var(--w));max-width:none;
-transform:translateX(calc(var(--f)*var(--w)*-1));image-rendering:pixelated}
+.tile{display:block}
+.v{display:block;position:relative;overflow:hidden;width:var(--w);height:var(--h);background:#000;
+  border-radius:3px}
+.v img{display:block;height:100%;width:calc(var(--n)*var(--w));max-width:none;
+  transform:translateX(calc(var(--f)*var(--w)*-1));image-rendering:pixelated}
 .whole .films{flex-wrap:wrap;overflow-x:auto}.whole .v{width:calc(var(--n)*var(--w))}
 .whole .v img{transform:none}
-.path{display:none;position:absolute;left:0;top:0;width:var(--w);height:var(--h)}.paths .path{display:block}
-.path *{fill:none;stroke-linejoin:round}.p1{stroke:var(--sky)}.p2{stroke:var(--orange);stroke-dasharray:2 1.4}
-.path circle{stroke-dasharray:none}.pathwords{display:none}.paths .pathwords{display:block}
-.ticks{display:block;height:5px;width:var(--w);margin-top:2px;position:relative;background:linear-gradient(90deg,
-var(--sky) var(--g),var(--orange) var(--g))}.ticks::after{content:"";position:absolute;top:-1px;height:7px;
-width:calc(var(--w)/var(--n));left:calc(var(--f)*var(--w)/var(--n));border:2px solid var(--ink)}
+.path{display:none;position:absolute;left:0;top:0;width:var(--w);height:var(--h)}
+.paths .path{display:block}.path *{fill:none;stroke-linejoin:round}.p1{stroke:var(--sky)}
+.p2{stroke:var(--orange);stroke-dasharray:2 1.4}.path circle{stroke-dasharray:none}
+.pathwords{display:none}.paths .pathwords{display:block}
+.ticks{display:block;height:5px;width:var(--w);margin-top:2px;position:relative;
+  background:linear-gradient(90deg,var(--sky) var(--g),var(--orange) var(--g))}
+.ticks::after{content:"";position:absolute;top:-1px;height:7px;width:calc(var(--w)/var(--n));
+  left:calc(var(--f)*var(--w)/var(--n));border:2px solid var(--ink)}
 .whole .ticks{width:calc(var(--n)*var(--w))}.whole .ticks::after{display:none}
-i.sky,i.orange{display:inline-block;width:18px;height:6px;background:var(--sky);vertical-align:middle}
+i.sky,i.orange{display:inline-block;width:18px;height:6px;background:var(--sky);
+  vertical-align:middle}
 i.orange{background:var(--orange)}
 .cap{display:block;font-size:.78rem;color:var(--soft);line-height:1.35}
-.density{display:block;width:192px;border:1px solid var(--line);line-height:0}.sharp{width:100%;
-image-rendering:pixelated}.under{font-size:.75rem;color:var(--soft)}
+.density{display:block;width:192px;border:1px solid var(--line);line-height:0}
+.sharp{width:100%;image-rendering:pixelated}.under{font-size:.75rem;color:var(--soft)}
+.plot+.keys{max-width:450px}.heads{list-style:none;padding:0;display:flex;flex-wrap:wrap;gap:10px}
+.heads li{flex:1 1 150px;background:var(--back);border-radius:8px;padding:8px 12px;font-size:.87rem}
+.heads b{display:block;font-size:1.45rem}.heads span{display:block}
 .wide{overflow-x:auto;max-width:100%}table{border-collapse:collapse;font-size:.9rem}
 td,th{padding:3px 10px;text-align:left;font-weight:400;vertical-align:top;overflow-wrap:normal}
-.figures td,.figures th{border-top:1px solid var(--line)}thead th,.group th{font-weight:600;color:var(--soft)}
-.group th{padding-top:10px;color:var(--ink)}.number{text-align:right;font-variant-numeric:tabular-nums;
-white-space:nowrap}.bars{width:100%;max-width:520px}.bars td:nth-child(2){width:60%}.bars td:nth-child(n+3){
-text-align:right;white-space:nowrap}.bars i{display:block;height:12px;margin-top:5px;background:var(--k1);
-border-radius:2px}
-.good{color:var(--good)}.bad{color:var(--bad)}span.good::before,li.good::before,b.good::before{content:"\\2713\\a0"}
-span.bad::before,li.bad::before,b.bad::before{content:"\\2715\\a0"}span.good:empty::before,span.bad:empty::before{
-content:""}.checks{list-style:none;padding:0}
-.confusion td{text-align:right;min-width:56px;border:1px solid var(--card);font-variant-numeric:tabular-nums}
+.figures td,.figures th{border-top:1px solid var(--line)}
+thead th,.group th{font-weight:600;color:var(--soft)}.group th{padding-top:10px;color:var(--ink)}
+.number{text-align:right;font-variant-numeric:tabular-nums;white-space:nowrap}
+.bars{width:100%;max-width:520px}.bars td:nth-child(2){width:60%}
+.bars td:nth-child(n+3){text-align:right;white-space:nowrap}
+.bars i{display:block;height:12px;margin-top:5px;background:var(--k1);border-radius:2px}
+.good{color:var(--good)}.bad{color:var(--bad)}
+span.good::before,li.good::before,b.good::before{content:"\\2713\\a0"}
+span.bad::before,li.bad::before,b.bad::before{content:"\\2715\\a0"}
+span.good:empty::before,span.bad:empty::before{content:""}.checks{list-style:none;padding:0}
+.confusion td{text-align:right;min-width:56px;border:1px solid var(--card);
+  font-variant-numeric:tabular-nums}
 .confusion .right{background:color-mix(in srgb,var(--k1) var(--p),var(--fill))}
 .confusion .wrong{background:color-mix(in srgb,var(--k2) var(--p),var(--fill))}
-.confusion .strong{color:var(--card);font-weight:600}.confusion .right{outline:2px solid var(--k1);outline-offset:-2px}
+.confusion .strong{color:var(--card);font-weight:600}
+.confusion .right{outline:2px solid var(--k1);outline-offset:-2px}
 dl{display:grid;grid-template-columns:repeat(auto-fill,minmax(220px,1fr));gap:4px 16px;margin:4px 0}
 dl div{display:flex;gap:8px}dt{color:var(--soft)}dd{margin:0}pre{overflow-x:auto;font-size:.8rem}
 time.old{color:var(--warn);font-weight:650}footer{margin-top:24px}
-@media (max-width:600px){body{padding:0 10px 32px}.card{padding:12px}.hint{display:none}.runs{grid-template-columns:1fr}}
+@media (max-width:600px){body{padding:0 10px 32px}.card{padding:12px}.hint{display:none}.runs{
+  grid-template-columns:1fr}}
 @media print{.tools{display:none!important}.card{break-inside:avoid}}
 """
 
@@ -1857,14 +2022,15 @@ SCRIPT = """
 "use strict";
 const root = document.documentElement, made = +root.dataset.made, period = 200, loaded = Date.now();
 const byId = id => document.getElementById(id), now = () => Date.now() / 1000;
-const lengths = root.dataset.lengths.split(" ").filter(Boolean).map(Number), longest = Math.max(1, ...lengths);
+const lengths = root.dataset.lengths.split(" ").filter(Boolean).map(Number);
+const longest = Math.max(1, ...lengths);
 const still = matchMedia("(prefers-reduced-motion: reduce)");
 const store = "report.py " + location.pathname;
 let kept = {};
 try { kept = JSON.parse(sessionStorage.getItem(store)) || {}; } catch (error) { }
 root.classList.add("js");
 
-// Videos: all of them step together; a variable of the style for each length says which frame is seen.
+// Videos step together: a variable of the style says which frame those of one length show.
 let frame = kept.frame || 0, playing = kept.playing === undefined ? !still.matches : kept.playing;
 const show = () => {
   for (const n of lengths) root.style.setProperty("--f" + n, frame % n);
@@ -1887,13 +2053,17 @@ still.addEventListener("change", () => { if (still.matches) play(false); });
 if (byId("play")) {
   byId("frame").max = longest - 1;
   byId("play").addEventListener("click", () => play(!playing));
-  byId("frame").addEventListener("input", event => { play(false); frame = +event.target.value; show(); });
+  byId("frame").addEventListener("input", event => {
+    play(false);
+    frame = +event.target.value;
+    show();
+  });
   for (const name of ["paths", "whole"]) {
     byId(name).addEventListener("click", () => flip(name));
     press(name, !!kept[name]);
   }
   document.addEventListener("keydown", event => {
-    if (event.ctrlKey || event.metaKey || event.altKey || event.target.closest("input, textarea, select")) return;
+    if (event.ctrlKey || event.metaKey || event.altKey || event.target.closest("input")) return;
     const inside = event.target.closest("button, summary, a");
     if (event.key === " " && !inside) { play(!playing); event.preventDefault(); }
     else if (event.key === "ArrowRight") { play(false); step(1); }
@@ -1905,13 +2075,14 @@ if (byId("play")) {
 play(playing);
 show();
 
-// Times: how long ago, counted here; a run that should be working and has not been heard of for long is a warning.
+// Times: how long ago, counted here. A run that should be working and gives no news is a warning.
 const duration = s => s < 90 ? Math.round(s) + " s" : s < 5400 ? Math.round(s / 60) + " min"
   : s < 129600 ? Math.round(s / 3600) + " h" : Math.round(s / 86400) + " days";
 const ages = () => {
   const old = +root.dataset.old || Infinity;
   for (const time of document.querySelectorAll("time[data-t], time[data-ended]")) {
-    const live = time.hasAttribute("data-t"), age = now() - (live ? time.dataset.t : time.dataset.ended);
+    const live = time.hasAttribute("data-t");
+    const age = now() - (live ? time.dataset.t : time.dataset.ended);
     time.textContent = age < 1 ? "just now" : duration(age) + " ago";
     time.classList.toggle("old", live && age > old);
   }
@@ -1930,13 +2101,14 @@ setInterval(ages, 1000);
 
 // Looking again while something works. What stood at the top stays at the top.
 history.scrollRestoration = "manual";
-const places = () => [...document.querySelectorAll("[id]")].filter(one => one.closest("main, .verdict"));
+const places = () => [...document.querySelectorAll("main [id], .verdict")];
 const keep = () => {
   const top = places().find(one => one.getBoundingClientRect().bottom > 80);
   const focus = document.activeElement && document.activeElement.id;
   const open = [...document.querySelectorAll("details[open]")].map(one => one.id);
   const all = { frame, playing, open, focus, paths: root.classList.contains("paths"),
-    whole: root.classList.contains("whole"), top: top && top.id, off: top && top.getBoundingClientRect().top,
+    whole: root.classList.contains("whole"), top: top && top.id,
+    off: top && top.getBoundingClientRect().top,
     scroll: scrollY };
   try { sessionStorage.setItem(store, JSON.stringify(all)); } catch (error) { }
 };

@@ -942,7 +942,10 @@ class Film:
 
     def __init__(self, videos, purse):
         self.height, self.width = videos.shape[3:]
-        self.videos, self.which = reduced(videos)
+        for frames, pixels in ((16, 64), (16, 32), (8, 16), (4, 8)):   # so that a few can be paid
+            self.videos, self.which = reduced(videos, frames, pixels)
+            if not len(videos) or 6 * len(data_uri(png(side_by_side(self.videos[0])))) < purse.left:
+                break
         h, w = self.videos.shape[3:]
         scale = max(1, round(TILE / max(h, w)))
         self.box, self.purse = (w * scale, h * scale), purse
@@ -988,7 +991,7 @@ def play_videos(file, purse, heading="h4"):
     shown = file.shown
     film, groups = Film(shown, purse), {}
     for i in by_class(file.labels, len(shown)):
-        if purse.left <= 0 and groups:
+        if purse.left <= 0:
             break
         name = name_of(file.labels[i], file.classes) if file.labels is not None else ""
         path = file.paths[i] if file.paths is not None else dots(shown[i:i + 1])[0][0]
@@ -1003,6 +1006,8 @@ def play_videos(file, purse, heading="h4"):
 
 def less_frames(film, shown):
     """Words for a reader who sees less than there is."""
+    if film.purse.left <= 0:
+        return '<p class="soft">Not all are shown: the page would become too large.</p>'
     words = []
     if len(film.which) < shown.shape[1]:
         words.append(f"{len(film.which)} of {shown.shape[1]} frames")
@@ -1042,7 +1047,7 @@ def one_file(files, purse):
     given = max(given for _, _, given in columns)
     sets = []
     for i in by_class(file.labels, count):
-        if purse.left <= 0 and sets:
+        if purse.left <= 0:
             break
         name = name_of(file.labels[i], file.classes) if file.labels is not None else ""
         tiles = []
@@ -1132,6 +1137,8 @@ def data_part(run, budget):
         if min(counts.values()) < 0.9 * most - 2 * pieces:
             words = f"the classes are uneven: {min(counts.values()):,} to {most:,} videos"
             run.checks.append(("warn", words))
+        if run.title.startswith("Dataset generation") and len(counts) < len(CLASSES):
+            run.checks.append(("warn", f"only {len(counts)} of the {len(CLASSES)} classes are here"))
     if sample.shown is None:
         out.append('<p class="soft">No videos to show yet: they come with the first checkpoint.'
                    '</p>')
@@ -1159,7 +1166,8 @@ def figures_of(run, sample):
         inside = ((sample.paths >= -0.5) & (sample.paths <= [width - 0.5, height - 0.5])).all()
         lines.append(check(run, inside, "some dot centres lie outside the frame",
                            "every dot centre is inside the frame"))
-    if seen.any() and np.nanmax(np.nanmax(centres, 1) - np.nanmin(centres, 1)) < 0.5:
+    whole = centres[seen.all(1)]
+    if len(whole) and np.ptp(whole, axis=1).max() < 0.5:
         lines.append(check(run, False, "nothing moves", ""))
     middle = lambda x: short(float(np.nanmedian(x))) if np.isfinite(x).any() else "none"   # noqa
     maps = [("Where the dots are",
@@ -1320,16 +1328,18 @@ def loss_curves(trainings, marks=()):
 
 def reconstructions(run, samples, purse, at):
     real, made = samples["real"], samples["reconstructed"]
+    if not len(real):
+        return ""
     value, ratio, blank = skill(real, made)
     centres, found = dots(real)[0], dots(made)[0]
-    if value < 0 and len(real):
+    if value < 0:
         words = f"reconstructions are worse than blank videos (skill {value:.2f})"
         run.checks.append(("warn", words))
     error = np.abs(made.astype(np.int16) - real).astype(np.uint8)
     films = [Film(videos, purse) for videos in (real, made, error)]
     sets = []
     for i in range(min(12, len(real))):
-        if sets and purse.left <= 0:
+        if purse.left <= 0:
             break
         each = decibels(np.square(error[i] / 255.0).mean())
         paths = [("p1", centres[i]), ("p2", found[i])]
@@ -1359,7 +1369,7 @@ def predictions(run, samples, purse, at):
     films = [Film(videos, purse) for videos in (truth, made)]
     sets = []
     for i in range(min(12, len(truth))):
-        if sets and purse.left <= 0:
+        if purse.left <= 0:
             break
         off = away(centres[i, given:], found[i, given:])
         tiles = [films[0].tile(i, f"real video {i}, to be predicted from frame {given}", "truth",
@@ -1985,7 +1995,7 @@ svg .saved{fill:var(--soft);stroke:none}
 i.sky,i.orange{display:inline-block;width:18px;height:6px;background:var(--sky);
   vertical-align:middle}
 i.orange{background:var(--orange)}
-.cap{display:block;font-size:.78rem;color:var(--soft);line-height:1.35}
+.ticks+.cap{margin-top:4px}.cap{display:block;font-size:.78rem;color:var(--soft);line-height:1.35}
 .density{display:block;width:192px;border:1px solid var(--line);line-height:0}
 .sharp{width:100%;image-rendering:pixelated}.under{font-size:.75rem;color:var(--soft)}
 .plot+.keys{max-width:450px}.heads{list-style:none;padding:0;display:flex;flex-wrap:wrap;gap:10px}

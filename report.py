@@ -607,39 +607,60 @@ def away(a, b):
 # --------------------------------------------------------------------------------------------------
 # PNG and animated PNG (W3C PNG, third edition), with zlib alone
 
-def png(frames, seconds=0.2):
+def png(frames, seconds=0.2, palette=None):
     """The bytes of a PNG of uint8 (H, W, C), C 1 grey, 3 colour or 4 with opacity; animated where
-    there are several, as (T, H, W, C)."""
+    there are several, as (T, H, W, C). With a palette, uint8 (at most 256, 3), C is 1, its index.
+    """
     frames = frames if frames.ndim == 4 else frames[None]
     count, height, width, channels = frames.shape
-    header = struct.pack(">IIBBBBB", width, height, 8, {1: 0, 3: 2, 4: 6}[channels], 0, 0, 0)
+    kind = {1: 0, 3: 2, 4: 6}[channels] if palette is None else 3
+    header = struct.pack(">IIBBBBB", width, height, 8, kind, 0, 0, 0)
     parts = [b"\x89PNG\r\n\x1a\n", chunk(b"IHDR", header),
              chunk(b"tEXt", b"Software\0" + MARK.encode())]
     if count > 1:
         parts.append(chunk(b"acTL", struct.pack(">II", count, 0)))   # 0: for ever
+    if palette is not None:
+        parts.append(chunk(b"PLTE", palette.tobytes()))
     for i, frame in enumerate(frames):
         number = max(0, 2 * i - 1)   # fcTL and fdAT are counted together; the first has no fdAT
         if count > 1:
             delay = round(1000 * seconds), 1000
             parts.append(chunk(b"fcTL", struct.pack(">IIIIIHHBB", number, width, height, 0, 0,
                                                     *delay, 0, 0)))
-        data = zlib.compress(scan_lines(frame), 9)
+        data = min((zlib.compress(scan_lines(frame, up), 9) for up in (False, True)), key=len)
         parts.append(chunk(b"IDAT", data) if i == 0
                      else chunk(b"fdAT", struct.pack(">I", number + 1) + data))
     return b"".join([*parts, chunk(b"IEND", b"")])
+
+
+_pictures = {}   # most pictures of a page are those of the page before; making them is its cost
+
+
+def kept(make, arrays, words=()):
+    """make(arrays, words), or what it made before of the same."""
+    digest = hashlib.blake2b(repr((make.__name__, words, [a.shape for a in arrays])).encode())
+    for array in arrays:
+        digest.update(np.ascontiguousarray(array))
+    key = digest.digest()
+    if key not in _pictures:
+        if sum(map(len, _pictures.values())) > CACHE_BYTES // 4:
+            _pictures.clear()
+        _pictures[key] = make(arrays, words)
+    return _pictures[key]
 
 
 def chunk(kind, data):
     return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
 
-def scan_lines(image):
-    """Each row less the one above (filter 2, Up): enlarged pixels become rows of zeros."""
+def scan_lines(image, up):
+    """The rows as they are (filter 0), or each less the one above (filter 2)."""
     rows = image.reshape(len(image), -1)
-    lines = np.empty((len(rows), rows.shape[1] + 1), np.uint8)
-    lines[:, 0] = 2
-    lines[0, 1:] = rows[0]
-    lines[1:, 1:] = rows[1:] - rows[:-1]   # modulo 256, as the filter wants it
+    lines = np.zeros((len(rows), rows.shape[1] + 1), np.uint8)
+    lines[:, 1:] = rows
+    if up:
+        lines[:, 0] = 2
+        lines[1:, 1:] -= rows[:-1]   # modulo 256, as the filter wants it
     return lines.tobytes()
 
 
@@ -664,10 +685,11 @@ def reduced(videos, frames=16, pixels=64):
     return videos, which
 
 
-def side_by_side(video):
-    """(H, T W, C) from (T, C, H, W): all frames in one picture, of which the page shows one."""
+def sprite(videos, _):
+    """All frames of the one video (T, C, H, W) side by side, of which the page shows one."""
+    video, = videos
     t, c, h, w = video.shape
-    return np.ascontiguousarray(video.transpose(2, 0, 3, 1).reshape(h, t * w, c))
+    return data_uri(png(video.transpose(2, 0, 3, 1).reshape(h, t * w, c)))
 
 
 # Letters of 5 x 7 pixels for the strip: a character for each row from the top, in base 32, the left
@@ -689,8 +711,12 @@ def written(text, scale=2):
     return rows.repeat(scale, 0).repeat(scale, 1)
 
 
-BACK, EDGE, INK = (20, 22, 26), (70, 74, 82), (226, 228, 232)
-SKY, ORANGE = (86, 180, 233), (230, 159, 0)   # of Okabe and Ito: told apart by all eyes
+# Grey videos need one byte a pixel: all greys but the five brightest, and five colours. Of these
+# the sky blue and the orange are those of Okabe and Ito, which all eyes tell apart.
+GREYS = 251
+PALETTE = np.array([*((k, k, k) for k in range(GREYS)), (20, 22, 26), (70, 74, 82), (226, 228, 232),
+                    (86, 180, 233), (230, 159, 0)], np.uint8)
+BACK, EDGE, INK, SKY, ORANGE = range(GREYS, 256)
 
 
 def strip(rows, columns=8):
@@ -698,10 +724,15 @@ def strip(rows, columns=8):
 
     Where `given` is not None, a given frame has a sky-blue edge and a predicted one an orange one.
     """
-    rows = [(words, reduced(videos[:columns], pixels=128), given) for words, videos, given in rows
-            if len(videos)]
-    if not rows:
-        return None
+    rows = [(words, videos[:columns], given) for words, videos, given in rows if len(videos)]
+    if rows:
+        return kept(drawn_strip, [row[1] for row in rows], [row[::2] for row in rows])
+
+
+def drawn_strip(videos, words):
+    rows = [(name, reduced(part, pixels=128), given) for part, (name, given) in zip(videos, words)]
+    columns = max(map(len, videos))
+    colour = any(videos.shape[2] == 3 for _, (videos, _), _ in rows)
     margin = max(12 * len(words) for words, _, _ in rows) + 16
     lines, times = [], max(len(which) for _, (_, which), _ in rows)
     for words, (videos, which), given in rows:
@@ -709,23 +740,24 @@ def strip(rows, columns=8):
         scale = max(1, round(STRIP_TILE / max(h, w)))
         videos = videos.repeat(scale, 3).repeat(scale, 4).transpose(0, 1, 3, 4, 2)
         h, w = h * scale, w * scale
-        line = np.empty((times, max(h, 14) + 8, margin + columns * (w + 8), 3), np.uint8)
-        line[:] = BACK
+        line = np.full((times, max(h, 14) + 8, margin + columns * (w + 8), 1), BACK, np.uint8)
         text = written(words)
         top = (line.shape[1] - text.shape[0]) // 2
         line[:, top:top + text.shape[0], 8:8 + text.shape[1]][:, text] = INK
+        line = PALETTE[line[..., 0]] if colour else line
         for k in range(times):
             edge = EDGE if given is None else SKY if which[k % t] < given else ORANGE
             for i in range(n):
                 x = margin + i * (w + 8) + 2
-                line[k, 2:h + 6, x:x + w + 4] = edge
-                line[k, 4:h + 4, x + 2:x + w + 2] = videos[i, k % t]
+                line[k, 2:h + 6, x:x + w + 4] = PALETTE[edge] if colour else edge
+                line[k, 4:h + 4, x + 2:x + w + 2] = (
+                    videos[i, k % t] if colour else np.minimum(videos[i, k % t], GREYS - 1))
         lines.append(line)
     width = max(line.shape[2] for line in lines)
     for i, line in enumerate(lines):
-        rest = np.full((*line.shape[:2], width - line.shape[2], 3), BACK, np.uint8)
-        lines[i] = np.concatenate([line, rest], 2)
-    return png(np.concatenate(lines, 1))
+        rest = np.full((*line.shape[:2], width - line.shape[2], 1), BACK, np.uint8)
+        lines[i] = np.concatenate([line, PALETTE[rest[..., 0]] if colour else rest], 2)
+    return png(np.concatenate(lines, 1), palette=None if colour else PALETTE)
 
 
 def strip_of_runs(found):
@@ -759,7 +791,10 @@ def strip_of_files(files):
             continue
         if file.truth is not None:
             rows.append(("truth", file.truth, None))
-        rows.append((file.path.stem[:20], file.shown, file.given or None))
+        given = file.given
+        if file is not files[0] and belong(files[0], file):
+            given = given or same_at_first(files[0].shown, file.shown)
+        rows.append((file.path.stem[:20], file.shown, given or None))
         if len(files) == 1 and file.truth is None:
             rows += [("", file.shown[k:], None) for k in (8, 16, 24)]
     return strip(rows)
@@ -944,7 +979,7 @@ class Film:
         self.height, self.width = videos.shape[3:]
         for frames, pixels in ((16, 64), (16, 32), (8, 16), (4, 8)):   # so that a few can be paid
             self.videos, self.which = reduced(videos, frames, pixels)
-            if not len(videos) or 6 * len(data_uri(png(side_by_side(self.videos[0])))) < purse.left:
+            if not len(videos) or 6 * len(kept(sprite, [self.videos[0]])) < purse.left:
                 break
         h, w = self.videos.shape[3:]
         scale = max(1, round(TILE / max(h, w)))
@@ -958,7 +993,7 @@ class Film:
 
     def tile(self, i, alt, caption="", paths=(), given=None):
         """One video; paths: [(class, (T, 2) in pixels of the original)], shown on demand."""
-        picture = data_uri(png(side_by_side(self.videos[i])))
+        picture = kept(sprite, [self.videos[i]])
         over = ""
         if paths:
             lines = "".join(trace(kind, xy, self.width) for kind, xy in paths)
@@ -1044,7 +1079,7 @@ def one_file(files, purse):
     count = min(len(videos) for _, videos, _ in columns)
     films = [Film(videos, purse) for _, videos, _ in columns]
     centres = [dots(videos[:count])[0] for _, videos, _ in columns]
-    given = max(given for _, _, given in columns)
+    given = max(given for _, _, given in columns) or same_at_first(columns[0][1], columns[-1][1])
     sets = []
     for i in by_class(file.labels, count):
         if purse.left <= 0:
@@ -1059,6 +1094,13 @@ def one_file(files, purse):
                     f"{e(name)}</span></div>")
     return (f'{head}<div class="sets">{"".join(sets)}</div>{less_frames(films[0], file.shown)}'
             "</section>")
+
+
+def same_at_first(truth, made):
+    """How many frames of a prediction are those it was given; 0 if that cannot be seen."""
+    n = min(len(truth), len(made))
+    same = (truth[:n] == made[:n]).all((0, 2, 3, 4))
+    return 0 if same.all() else int(same.argmin())
 
 
 def belong(a, b):
@@ -1138,7 +1180,7 @@ def data_part(run, budget):
             words = f"the classes are uneven: {min(counts.values()):,} to {most:,} videos"
             run.checks.append(("warn", words))
         if run.title.startswith("Dataset generation") and len(counts) < len(CLASSES):
-            run.checks.append(("warn", f"only {len(counts)} of the {len(CLASSES)} classes are here"))
+            run.checks.append(("warn", f"only {len(counts)} of the {len(CLASSES)} classes"))
     if sample.shown is None:
         out.append('<p class="soft">No videos to show yet: they come with the first checkpoint.'
                    '</p>')
@@ -1964,7 +2006,7 @@ button[aria-pressed=true]{background:var(--k1);color:var(--card)}#play{min-width
 #frame{vertical-align:middle;width:130px}#at{min-width:3.5em}
 .row{display:flex;flex-wrap:wrap;gap:16px 28px}figure{margin:0;min-width:0;max-width:100%}
 figcaption{font-size:.87rem;font-weight:600;margin-bottom:4px}
-.plot{display:block;width:480px;max-width:100%;height:auto}.plot.small{width:270px}
+.plot{display:block;overflow:visible;width:480px;max-width:100%;height:auto}.plot.small{width:270px}
 .plot text{font-size:11.5px;fill:var(--soft)}.plot .grid{stroke:var(--line);stroke-width:1}
 .plot .axis{stroke:var(--soft)}.plot polyline,.key line,.key path{fill:none;stroke-width:2}
 .c1{stroke:var(--k1)}.c2{stroke:var(--k2)}.c3{stroke:var(--k3)}.c4{stroke:var(--k4)}

@@ -408,7 +408,9 @@ def test_predictions_beside_what_they_were_made_from(tmp_path):
     rng = np.random.default_rng(0)
     truth = rng.integers(0, 255, (6, 8, 1, 16, 16), np.uint8)
     np.savez(tmp_path / "made.npz", videos=truth, labels=np.arange(6) % 4)
-    np.savez(tmp_path / "predicted.npz", videos=truth // 8 * 8, given=4)
+    guess = truth.copy()
+    guess[:, 4:] = guess[:, 4:] // 8 * 8
+    np.savez(tmp_path / "predicted.npz", videos=guess)
     np.savez(tmp_path / "other.npz", videos=rng.integers(0, 255, (6, 8, 1, 16, 16), np.uint8))
     names = [tmp_path / name for name in ("made.npz", "predicted.npz", "other.npz")]
     done = run("report.py", *names, "--strip", tmp_path / "strip.png")
@@ -448,7 +450,7 @@ def decoded(path):
         at += 12 + length
     assert chunks[0][0] == b"IHDR" and chunks[-1] == (b"IEND", b"")
     width, height, depth, colour = struct.unpack(">IIBB", chunks[0][1][:10])
-    channels = {0: 1, 2: 3, 6: 4}[colour]
+    channels = {0: 1, 2: 3, 3: 1, 6: 4}[colour]
     numbers = [struct.unpack(">I", body[:4])[0] for kind, body in chunks
                if kind in (b"fcTL", b"fdAT")]
     assert depth == 8 and numbers == list(range(len(numbers)))
@@ -457,9 +459,15 @@ def decoded(path):
         if kind in (b"IDAT", b"fdAT"):
             lines = np.frombuffer(zlib.decompress(body[4 * (kind == b"fdAT"):]), np.uint8)
             lines = lines.reshape(height, 1 + width * channels)
-            assert (lines[:, 0] == 2).all()
-            rows = np.cumsum(lines[:, 1:].astype(np.uint64), 0).astype(np.uint8)
-            frames.append(rows.reshape(height, width, channels))
+            assert (lines[:, 0] == lines[0, 0]).all() and lines[0, 0] in (0, 2)
+            rows = lines[:, 1:]
+            if lines[0, 0] == 2:
+                rows = np.cumsum(rows.astype(np.uint64), 0).astype(np.uint8)
+            frame = rows.reshape(height, width, channels)
+            if colour == 3:
+                palette = np.frombuffer(dict(chunks)[b"PLTE"], np.uint8).reshape(-1, 3)
+                frame = palette[frame[..., 0]]
+            frames.append(frame)
     if len(frames) > 1:
         assert struct.unpack(">II", dict(chunks)[b"acTL"]) == (len(frames), 0)
     return frames
@@ -474,16 +482,17 @@ def test_a_png_holds_the_pixels(tmp_path, channels):
         assert np.array_equal(np.stack(decoded(tmp_path / "a.png")), content)
 
 
-def test_the_strip_shows_the_videos_enlarged_without_blur(tmp_path):
-    made = np.random.default_rng(0).integers(0, 256, (3, 8, 1, 32, 32), np.uint8)
+@pytest.mark.parametrize("channels", [1, 3])
+def test_the_strip_shows_the_videos_enlarged_without_blur(tmp_path, channels):
+    made = np.random.default_rng(0).integers(0, 251, (3, 8, channels, 32, 32), np.uint8)
     (tmp_path / "a.png").write_bytes(report.strip([("predicted", made, 4)]))
     frames = decoded(tmp_path / "a.png")
     assert len(frames) == 8
     for t in (0, 5):
-        large = made[1, t, 0].repeat(2, 0).repeat(2, 1)
-        window = np.lib.stride_tricks.sliding_window_view(frames[t][..., 0], (64, 64))
+        large = made[1, t, -1].repeat(2, 0).repeat(2, 1)
+        window = np.lib.stride_tricks.sliding_window_view(frames[t][..., 2], (64, 64))
         assert (window == large).all((2, 3)).sum() == 1
-        edge = report.SKY if t < 4 else report.ORANGE
+        edge = report.PALETTE[report.SKY if t < 4 else report.ORANGE]
         assert (frames[t] == edge).all(2).any() and frames[t].shape[2] == 3
 
 

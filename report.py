@@ -38,7 +38,7 @@ PAGE, STRIP, COMPARISON = "report.html", "report.png", "compare.html"
 MARK = "trajectory videos: report.py"   # in all pages and pictures of ours
 CLASSES = ("linear", "circular", "helical", "parabolic")
 PAGE_BYTES = 1_900_000      # at most; the page travels with every sync
-PICTURE_BYTES = 1_200_000   # of it, about, for videos
+PICTURE_BYTES = 900_000   # of it, about, for videos
 RELOAD = 30                 # seconds between two looks of an open page at a run that works
 OLD = 600                   # seconds without news from a run that works, after which the page warns
 EACH = 12                   # videos of each class
@@ -63,23 +63,31 @@ def main():
                         help="also write the videos as an animated PNG there")
     arguments = parser.parse_args()
     with checkpointing.one_line_errors():
-        paths = [Path(path) for path in arguments.paths]
-        for path in paths:
-            if not path.exists():
-                raise CheckpointError(f"{path}: no such file or directory",
-                                      checkpointing.WRONG_SETTINGS)
-        directories = [path for path in paths if path.is_dir()]
-        if 0 < len(directories) < len(paths):
-            raise CheckpointError("give directories or .npz files, not both",
-                                  checkpointing.WRONG_SETTINGS)
-        if not directories:
-            written = write_videos(paths, arguments.strip)
-        elif len(directories) == 1:
-            written = write_report(directories[0], arguments.strip)
-        else:
-            written = write_comparison(directories, arguments.strip)
+        try:
+            written = write([Path(path) for path in arguments.paths], arguments.strip)
+        except OSError as error:
+            raise CheckpointError(f"{error.filename}: {error.strerror}") from error
         for path in written:
             checkpointing.tell(f"{path}: {path.stat().st_size:,} bytes")
+
+
+def write(paths, strip):
+    """What the command line asks for; returns the paths written."""
+    for path in paths:
+        if not path.exists():
+            raise CheckpointError(f"{path}: no such file or directory",
+                                  checkpointing.WRONG_SETTINGS)
+    directories = [path for path in paths if path.is_dir()]
+    if 0 < len(directories) < len(paths):
+        raise CheckpointError("give directories or .npz files, not both",
+                              checkpointing.WRONG_SETTINGS)
+    if not directories:
+        return write_videos(paths, strip)
+    for path in directories:
+        os.scandir(path).close()   # can it be read?
+    if len(directories) == 1:
+        return write_report(directories[0], strip)
+    return write_comparison(directories, strip)
 
 
 def write_report(top, strip=None):
@@ -768,7 +776,7 @@ def strip_of_runs(found):
         samples = read_samples(run.path / "samples.npz", [])
         if not samples:
             continue
-        rows = [("real", samples["real"], None), ("reconstructed", samples["reconstructed"], None)]
+        rows = [(name, samples[name], None) for name in ("real", "reconstructed") if name in samples]
         if "generated" in samples:
             order = by_class(samples.get("generated_labels"), len(samples["generated"]), 2)
             rows.append(("generated", samples["generated"][order], None))
@@ -946,7 +954,7 @@ def density(xy, width, height, words):
     ranges = (-0.5, height - 0.5), (-0.5, width - 0.5)
     counts = np.histogram2d(xy[:, 1], xy[:, 0], bins, ranges)[0]
     image = np.empty((*bins, 4), np.uint8)
-    image[..., :3] = (0, 114, 178)
+    image[..., :3] = (46, 144, 208)
     image[..., 3] = 255 * np.sqrt(counts / max(1, counts.max()))
     return (f'<span class="density"><img class="sharp" src="{data_uri(png(image))}" '
             f'alt="{e(words)}"></span><span class="under">x to the right, y down: '
@@ -1250,15 +1258,16 @@ def read_samples(path, notes):
                 samples[name] = as_pixels(arrays[name])
         for a, b in (("real", "reconstructed"), ("predicted", "predicted_truth")):
             if np.shape(samples.get(a)) != np.shape(samples.get(b)):
-                raise ValueError(f"{a} and {b} do not fit together")
+                notes.append(f"{path.name}: {a} and {b} do not fit together")
+                samples.pop(a, None), samples.pop(b, None)
         for name in ("given", "step"):
             if name in arrays and np.ndim(arrays[name]) == 0:
                 samples[name] = int(arrays[name])
         labels = arrays.get("generated_labels")
         whole = getattr(labels, "dtype", np.dtype(float)).kind in "iu"
-        if whole and labels.shape == samples["generated"].shape[:1]:
+        if whole and labels.shape == np.shape(samples.get("generated"))[:1]:
             samples["generated_labels"] = labels.astype(np.int64)
-        return samples if "real" in samples else {}
+        return samples if len(samples) > 3 else {}
     except (ValueError, KeyError, TypeError) as error:
         notes.append(f"{path.name} cannot be shown ({one_line(error)})")
         return {}
@@ -1363,15 +1372,15 @@ def loss_curves(trainings, marks=()):
         words = f"Loss of the {phase}, from {short(values.max())} to {short(values.min())}"
         label = "loss" if len(trainings) == 1 else "validation loss"
         label += ", log scale" if log else ""
-        out.append(f"<figure><figcaption>{e(phase)}</figcaption>"
+        out.append(f'<figure class="half"><figcaption>{e(phase)}</figcaption>'
                    f"{plot(series, 'step', label, words, marks, log)}</figure>")
     return f'<h3>Loss</h3><div class="row">{"".join(out)}</div>' if out else ""
 
 
 def reconstructions(run, samples, purse, at):
-    real, made = samples["real"], samples["reconstructed"]
-    if not len(real):
+    if "real" not in samples or not len(samples["real"]):
         return ""
+    real, made = samples["real"], samples["reconstructed"]
     value, ratio, blank = skill(real, made)
     centres, found = dots(real)[0], dots(made)[0]
     if value < 0:
@@ -1504,7 +1513,7 @@ def beats(value, base, how):
 def with_unit(value, unit):
     if value is None:
         return ""
-    if unit == "%":
+    if unit == "%" and math.isfinite(value):
         return f"{100 * value:.1f} %"
     return f"{short(value)} {unit}".strip()
 
@@ -1602,7 +1611,7 @@ def by_horizon(metrics):
     title = "Prediction error" + (f", {given:.0f} frames given" if given else "")
     words = title + ": " + "; ".join(f"{name} {', '.join(short(y) for y in ys)} px"
                                      for name, _, _, ys, _ in series)
-    return (f"<figure><figcaption>{title}</figcaption>"
+    return (f'<figure class="half"><figcaption>{title}</figcaption>'
             + plot(series, "frames ahead", "error, px", words, zero=True) + "</figure>")
 
 
@@ -1707,7 +1716,8 @@ def page_within(found, budget):
     runs = list(found.runs)
     homes = {run.path for run in runs if run.kind == "data" and run.pieces}
     lines = []
-    for path in found.files:
+    newest = sorted(found.files, key=lambda path: path.stat().st_mtime)[-50:]
+    for path in [path for path in found.files if path in newest]:
         arrays = guarded(first_rows, path, {"trajectory_3d": 1})
         if isinstance(arrays, tuple) and "trajectory_3d" in arrays[0]:   # a merged set
             if path.parent in homes:
@@ -1777,7 +1787,7 @@ def moment(seconds, kind):
         return "at an unknown time"
 
 
-def state_lines(run):
+def state_lines(run, brief=False):
     """The bar and the words under it."""
     progress = run.progress
     done, total, unit = counts_in(progress)
@@ -1793,28 +1803,28 @@ def state_lines(run):
     beat = number_in(progress.get("Heartbeat"), -1)
     words = []
     if run.status in WORKING and left >= 0 and done < total:
-        words.append(f"{checkpointing.duration(left)} left, done at "
-                     f"{moment(max(beat, 0) + left, 'data-at')}")
+        end = "" if brief else f", done at {moment(max(beat, 0) + left, 'data-at')}"
+        words.append(f"{checkpointing.duration(left)} left{end}")
     if beat >= 0:
         age = "data-t" if run.status in WORKING else "data-ended"
         words.append(f"written {moment(beat, age)}")
     own = [f"{key} {value[:60]}" for key, value in progress.items() if key not in SAID | ASIDE]
-    for line in ("; ".join(words), e("; ".join(own[:6]))):
+    for line in ("; ".join(words), "" if brief else e("; ".join(own[:6]))):
         out.append(f'<p class="soft">{line}</p>' if line else "")
     return "".join(out)
 
 
 def overview(runs):
-    if not any(run.progress for run in runs):
-        return ""
-    cards = []
-    for run in [run for run in runs if run.progress][:MOST_CARDS]:
-        cards.append(f'<li class="run"><div><a href="#{run.id}">{e(shown_name(run))}</a>'
-                     f"{chip(run.status)}</div>{state_lines(run)}</li>")
-    more = len([run for run in runs if run.progress]) - len(cards)
-    if more > 0:
-        cards.append(f"<li>and {more:,} more</li>")
-    return f'<ul class="runs{" many" if len(cards) > 8 else ""}">{"".join(cards)}</ul>'
+    runs = [run for run in runs if run.progress]
+    cards, many = [], len(runs) > 8
+    for run in runs[:MOST_CARDS]:
+        title = "" if many or run.name == "." else f'<p class="soft">{e(run.title)}</p>'
+        name = run.title or "this run" if run.name == "." else run.name
+        cards.append(f'<li class="run"><div><a href="#{run.id}">{e(name)}</a>{chip(run.status)}'
+                     f"</div>{title}{state_lines(run, many)}</li>")
+    if len(runs) > len(cards):
+        cards.append(f"<li>and {len(runs) - len(cards):,} more</li>")
+    return f'<ul class="runs{" many" if many else ""}">{"".join(cards)}</ul>' if cards else ""
 
 
 def shown_name(run):
@@ -1841,8 +1851,8 @@ def run_card(run, budget, folded):
                    + (f"<li>and {len(notes) - 20} more</li>" if len(notes) > 20 else "") + "</ul>")
     if run.parts:
         out.append('<ul class="runs many">' + "".join(
-            f'<li class="run"><div>{e(part.path.name)}{chip(part.status)}</div>{state_lines(part)}'
-            "</li>" for part in run.parts[:100]) + "</ul>")
+            f'<li class="run"><div>{e(part.path.name)}{chip(part.status)}</div>'
+            f"{state_lines(part, True)}</li>" for part in run.parts[:100]) + "</ul>")
     facts = [(key, value) for key, value in run.progress.items() if key not in SAID]
     facts += [(key, value) for key, value in run.settings.items()]
     if facts:
@@ -1969,6 +1979,9 @@ p{margin:4px 0}ul{margin:4px 0;padding-left:20px}a{color:var(--link)}
   padding:16px;margin:16px 0}
 .card>summary{cursor:pointer}.card>summary h2{margin:0}details>summary{cursor:pointer;margin:8px 0}
 .verdict{border-radius:10px;padding:12px 16px;border:1px solid;border-left-width:8px}
+.verdict.good,.verdict.warn,.verdict.bad{color:var(--ink)}.verdict.good .head{color:var(--good)}
+.verdict.warn .head{color:var(--warn)}
+.verdict.bad .head,.verdict li.bad{color:var(--bad)}.verdict li.warn::before{color:var(--warn)}
 .verdict .head{font-size:1.2rem;font-weight:650;margin:0}
 .verdict ul{list-style:none;padding:0;margin:0}.verdict li{margin-top:4px}.verdict a{color:inherit}
 .verdict.good{background:var(--goodback);border-color:var(--good)}
@@ -2006,7 +2019,8 @@ button[aria-pressed=true]{background:var(--k1);color:var(--card)}#play{min-width
 #frame{vertical-align:middle;width:130px}#at{min-width:3.5em}
 .row{display:flex;flex-wrap:wrap;gap:16px 28px}figure{margin:0;min-width:0;max-width:100%}
 figcaption{font-size:.87rem;font-weight:600;margin-bottom:4px}
-.plot{display:block;overflow:visible;width:480px;max-width:100%;height:auto}.plot.small{width:270px}
+.plot{display:block;overflow:visible;width:480px;max-width:100%;height:auto}
+.plot.small{width:270px}.half{flex:1 1 340px;max-width:480px}
 .plot text{font-size:11.5px;fill:var(--soft)}.plot .grid{stroke:var(--line);stroke-width:1}
 .plot .axis{stroke:var(--soft)}.plot polyline,.key line,.key path{fill:none;stroke-width:2}
 .c1{stroke:var(--k1)}.c2{stroke:var(--k2)}.c3{stroke:var(--k3)}.c4{stroke:var(--k4)}
@@ -2047,6 +2061,7 @@ i.orange{background:var(--orange)}
 td,th{padding:3px 10px;text-align:left;font-weight:400;vertical-align:top;overflow-wrap:normal}
 .figures td,.figures th{border-top:1px solid var(--line)}
 thead th,.group th{font-weight:600;color:var(--soft)}.group th{padding-top:10px;color:var(--ink)}
+.figures tbody th{min-width:9em}
 .number{text-align:right;font-variant-numeric:tabular-nums;white-space:nowrap}
 .bars{width:100%;max-width:520px}.bars td:nth-child(2){width:60%}
 .bars td:nth-child(n+3){text-align:right;white-space:nowrap}
@@ -2146,8 +2161,12 @@ const ages = () => {
     words.parentNode.classList.replace("good", "warn");
   }
 };
-for (const time of document.querySelectorAll("time[data-at]"))
-  time.textContent = new Date(time.dataset.at * 1000).toLocaleString();
+for (const time of document.querySelectorAll("time[data-at]")) {
+  const at = new Date(time.dataset.at * 1000), clock = { hour: "2-digit", minute: "2-digit" };
+  const today = at.toDateString() === new Date().toDateString();
+  const day = today ? "" : at.toLocaleDateString() + " ";
+  time.textContent = day + at.toLocaleTimeString([], clock);
+}
 ages();
 setInterval(ages, 1000);
 

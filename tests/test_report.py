@@ -279,7 +279,8 @@ def test_foreign_content_costs_only_itself(results, name, content):
 @pytest.mark.parametrize("arrays", [
     {"real": videos(4), "reconstructed": videos(5)},
     {"real": videos(0), "reconstructed": videos(0)},
-    {"real": np.zeros(3)}, {"predicted": videos(2)}, {"given": 99}, {"given": np.zeros(3)},
+    {"real": np.zeros(3)}, {"predicted": videos(2)}, {"predicted_truth": None},
+    {"real": None, "reconstructed": None}, {"given": 99}, {"given": np.zeros(3)},
     {"generated": np.zeros((2, 8, 1, 32, 32), np.uint8)}, {"generated_labels": np.array([-5] * 8)},
     {"predicted": np.zeros((6, 8, 1, 32, 32), np.uint8)}, {"real": np.array([{}], object)},
     {"step": np.array("x")}, {"classes": np.arange(3)}])
@@ -686,6 +687,7 @@ def browser(tmp_path_factory):
 
 
 FRAME = "document.getElementById('at').textContent"
+READY = "document.readyState === 'complete' && document.body !== null"
 BUTTON = "document.getElementById('play').textContent"
 SHIFT = "getComputedStyle(document.querySelector('.v img')).transform"
 
@@ -777,8 +779,7 @@ def test_it_looks_again_while_something_works_and_keeps_its_place(results, brows
     place, at = browser.js(middle), browser.js(FRAME)
     progress(results / "magvit_training", status="RUNNING", done=50)
     page(results)
-    wait_for(lambda: browser.js("window.first === undefined && document.readyState === 'complete'"),
-             "the page to look again", 20)
+    wait_for(lambda: browser.js(f"{READY} && window.first === undefined"), "it to look again", 20)
     assert "50.0%" in browser.js("document.title")
     assert abs(browser.js(middle) - place) < 3
     assert browser.js("document.documentElement.classList.contains('paths')")
@@ -787,7 +788,8 @@ def test_it_looks_again_while_something_works_and_keeps_its_place(results, brows
 
     progress(results / "magvit_training", status="COMPLETE", done=100)
     page(results)
-    wait_for(lambda: browser.js("!document.documentElement.dataset.reload"), "the last look", 20)
+    wait_for(lambda: browser.js(f"{READY} && !document.documentElement.dataset.reload"),
+             "the last look", 20)
     browser.js("window.last = true")
     time.sleep(2.5)
     assert browser.js("window.last") and "complete" in browser.js("document.body.innerText")

@@ -776,7 +776,8 @@ def strip_of_runs(found):
         samples = read_samples(run.path / "samples.npz", [])
         if not samples:
             continue
-        rows = [(name, samples[name], None) for name in ("real", "reconstructed") if name in samples]
+        names = [name for name in ("real", "reconstructed") if name in samples]
+        rows = [(name, samples[name], None) for name in names]
         if "generated" in samples:
             order = by_class(samples.get("generated_labels"), len(samples["generated"]), 2)
             rows.append(("generated", samples["generated"][order], None))

@@ -181,7 +181,7 @@ def test_a_page_of_forty_noisy_runs_travels(tmp_path):
             shutil.copy(tmp_path / "run_0" / "samples.npz", tmp_path / f"run_{i}")
     text = page(tmp_path)
     assert os.path.getsize(tmp_path / "report.html") < 2_000_000
-    assert all(f"run_{i} " in text for i in range(40)) and text.count("data:image/png") > 24
+    assert all(f">run_{i}<" in text for i in range(40)) and text.count("data:image/png") > 24
     assert text.endswith("</html>\n")
 
 

@@ -572,6 +572,35 @@ def test_refresh_never_raises_and_says_so_once(tmp_path, monkeypatch, capsys, sm
     assert (foreign / "report.html").read_text() == "my thesis"
 
 
+JOB = """
+import os, signal, sys
+import checkpointing, report
+
+out, end = sys.argv[1:]
+try:
+    with checkpointing.Run(out, 40, every=10, suffix=".txt", title="Job") as run:
+        for i in run.steps(lambda file: file.write(b"x")):
+            report.refresh(out)
+            if i == 25 and end == "error":
+                raise ValueError("no good")
+            if i == 25 and end == "signal":
+                os.kill(os.getpid(), signal.SIGTERM)
+finally:
+    report.refresh(out, force=True)
+"""
+
+
+@pytest.mark.parametrize("end, code, words", [
+    ("complete", 0, "All is well: 1 complete"), ("error", 1, "failed: ValueError: no good"),
+    ("signal", 143, "stopped; the same command goes on")])
+def test_a_job_leaves_the_page_of_its_end(tmp_path, end, code, words):
+    done = subprocess.run([sys.executable, "-c", JOB, tmp_path / "out", end], cwd=ROOT,
+                          capture_output=True, text=True)
+    assert done.returncode == code and "was not made" not in done.stderr
+    text = (tmp_path / "out" / "report.html").read_text()
+    assert words in text and "data-reload" not in text.partition("<head>")[0]
+
+
 def test_two_processes_refresh_one_page_while_it_is_read(results):
     code = (f"import sys; sys.path.insert(0, {str(ROOT)!r}); import report\n"
             f"for i in range(12): report.refresh({str(results)!r}, force=True)")

@@ -155,36 +155,32 @@ def write_ours(path, content):
 # --------------------------------------------------------------------------------------------------
 # What the stages call
 
-_next = {}        # directory of a page: when it may be made again, on the steady clock
-_warned = set()   # the pages that could not be made
+_next = 0.0       # when a page may be made again, on the steady clock
+_warned = set()   # directories whose pages could not be made
 
 
 def refresh(directory, least_seconds=30.0, force=False):
     """Bring the page up to date that shows the run in `directory`, a stage's --out. Never raises: a
     failure is said once, on stderr, and the work goes on.
 
-    At most every `least_seconds`, and never more than 1 % of the time: after a page that took s
-    seconds the next waits at least 100 s. `force`, for the end of a stage, makes it at once. Where
-    the page is: see top_of.
+    At most every `least_seconds` in this process, and never more than 1 % of the time: after a page
+    that took s seconds the next waits at least 100 s. `force`, for the end of a stage, makes it at
+    once. A call that comes too early costs less than a microsecond. Where the page is: see top_of.
     """
-    top = None
+    global _next
+    began = time.monotonic()
+    if not force and began < _next:
+        return
     try:
-        if not os.path.isdir(directory):
-            return   # refused before it began: nothing to show
-        top = top_of(directory)
-        began = time.monotonic()
-        if not force and began < _next.get(top, 0):
-            return
-        try:
-            write_report(top)
-        finally:
-            now = time.monotonic()
-            _next[top] = max(began + least_seconds, now + 100 * (now - began))
+        if os.path.isdir(directory):   # else it was refused before it began: nothing to show
+            write_report(top_of(directory))
     except Exception as error:
-        if top not in _warned:
-            _warned.add(top)
-            warn(f"the page of {top or directory} was not made: {words_of(error)} (the work goes "
-                 "on; this is said once)")
+        if str(directory) not in _warned:
+            _warned.add(str(directory))
+            warn(f"the page of {directory} was not made: {words_of(error)} (the work goes on; this "
+                 "is said once)")
+    now = time.monotonic()
+    _next = max(began + least_seconds, now + 100 * (now - began))
 
 
 def warn(message):
@@ -347,12 +343,14 @@ def with_shards(runs):
         one.notes = [f"{part.path.name}: {note}" for part in parts for note in part.notes]
         states = [part.status for part in parts]
         one.status = next((state for state in WORST if state in states), states[0])
-        done, total, unit = zip(*[counts_in(part.progress) for part in parts])
+        done, total, unit, _ = zip(*[counts_in(part.progress) for part in parts])
         expected = int(parts[0].path.name.rpartition("_")[2])
         one.title += f", {len(parts)} of {expected} shards" if len(parts) < expected else ""
         beats = [number_in(part.progress.get("Heartbeat"), 0) for part in parts]
         waits = [number_in(part.progress.get("ETA"), 0) for part in parts]
-        counts = f"{sum(done)}/{sum(total)} {unit[0]} ({percent(sum(done), sum(total))})"
+        share = f"{min(99.9, 100 * sum(done) / max(1, sum(total))):.1f}"
+        share = "100" if set(states) == {"COMPLETE"} else share
+        counts = f"{sum(done)}/{sum(total)} {unit[0]} ({share}%)"
         one.progress = {"Progress": counts, "Heartbeat": f"{max(beats):.0f}",
                         "ETA": f"{max(waits):.0f} s"}
         errors = [f"{part.path.name}: {part.progress['Error']}" for part in parts
@@ -381,13 +379,14 @@ WORST = ("FAILED", "SILENT", "STALLED", "INTERRUPTED", "UNKNOWN", "RUNNING", "CO
 
 
 def counts_in(progress):
-    """(done, total, unit) of '12000/30000 samples (40.0%)'; (0, 0, '') where there is none."""
-    match = re.match(r"(\d{1,15})/(\d{1,15}) (.*?)(?: \(|$)", progress.get("Progress", ""))
-    return (int(match[1]), int(match[2]), match[3]) if match else (0, 0, "")
+    """(done, total, unit, percent) of '12000/30000 samples (40.0%)'; (0, 0, '', '') without one."""
+    match = re.match(r"(\d{1,15})/(\d{1,15}) (.*?) \((\d{1,3}(?:\.\d)?%)\)",
+                     progress.get("Progress", ""))
+    return (int(match[1]), int(match[2]), match[3], match[4]) if match else (0, 0, "", "")
 
 
-def percent(done, total):
-    return "100%" if done >= total > 0 else f"{min(99.9, 100 * done / max(1, total)):.1f}%"
+def works(run):
+    return any(one.status in WORKING for one in [run, *run.parts])
 
 
 def number_in(text, otherwise):
@@ -1792,7 +1791,7 @@ def moment(seconds, kind):
 def state_lines(run, brief=False):
     """The bar and the words under it."""
     progress = run.progress
-    done, total, unit = counts_in(progress)
+    done, total, unit, percent = counts_in(progress)
     if not progress:
         return ""
     share = 100 * min(done, total) / total if total else 0
@@ -1800,15 +1799,15 @@ def state_lines(run, brief=False):
     if total:
         kind = run.status if run.status in STATES else "UNKNOWN"
         out.append(f'<div class="bar {kind}"><i style="width:{share:.1f}%"></i></div>')
-        out.append(f"<p><b>{percent(done, total)}</b> {done:,} of {total:,} {e(unit)}</p>")
+        out.append(f"<p><b>{percent}</b> {done:,} of {total:,} {e(unit)}</p>")
     left = number_in(progress.get("ETA"), -1)
     beat = number_in(progress.get("Heartbeat"), -1)
     words = []
-    if run.status in WORKING and left >= 0 and done < total:
+    if works(run) and left >= 0 and done < total:
         end = "" if brief else f", done at {moment(max(beat, 0) + left, 'data-at')}"
         words.append(f"{checkpointing.duration(left)} left{end}")
     if beat >= 0:
-        age = "data-t" if run.status in WORKING else "data-ended"
+        age = "data-t" if works(run) else "data-ended"
         words.append(f"written {moment(beat, age)}")
     own = [f"{key} {value[:60]}" for key, value in progress.items() if key not in SAID | ASIDE]
     for line in ("; ".join(words), "" if brief else e("; ".join(own[:6]))):
@@ -1888,7 +1887,7 @@ def verdict_of(runs):
             level = "bad" if "bad" in (kind, level) else "warn"
     lines.sort(key=lambda line: line[0] != "bad")
     states = [run.status for run in runs if run.progress]
-    working, ended = sum(state in WORKING for state in states), states.count("COMPLETE")
+    working, ended = sum(map(works, runs)), states.count("COMPLETE")
     counts = ", ".join(f"{count} {words}" for count, words in (
         (working, "at work"), (ended, "complete"), (states.count("FAILED"), "failed"),
         (states.count("INTERRUPTED"), "stopped")) if count)
@@ -1901,10 +1900,10 @@ def verdict_of(runs):
 def assemble(name, cards, part, runs, made):
     """The whole file."""
     level, headline, lines = verdict_of(runs) if runs or cards or not part.html else ("", "", [])
-    working = any(run.status in WORKING for run in runs)
-    shares = [counts_in(run.progress) for run in runs if run.status in WORKING]
+    working = any(map(works, runs))
+    shares = [counts_in(run.progress)[3] for run in runs if works(run)]
     sign = {"bad": "✕ ", "warn": "! ", "good": "✓ "}.get(level, "")
-    title = (f"{percent(*shares[0][:2])} " if len(shares) == 1 and shares[0][1] else sign) + name
+    title = (f"{shares[0]} " if len(shares) == 1 else sign) + name
     verdict = ""
     if level:
         few = "".join(f'<li class="{kind}"><a href="#{where}">{e(words)}</a></li>'

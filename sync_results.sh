@@ -546,7 +546,7 @@ copy_states() {
         dir=$(pattern "${dir#./}")
         wanted+=("--include=/$dir$newest" "--include=/${dir}checkpoints.jsonl")
     done <"$tmp/dirs"
-    [ ${#wanted[@]} -eq 0 ] || copy "$@" "${wanted[@]}" "${only[@]}"
+    [ -z "${wanted[*]-}" ] || copy "$@" "${wanted[@]}" "${only[@]}"
 }
 
 # Lets go of the oldest states beyond as many as are kept there, once the newest one is verified.

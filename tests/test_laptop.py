@@ -34,11 +34,11 @@ def free_port():
 
 
 class Far:
-    """Host names for ssh: box (a good one), norsync, banner, closed, silent, changed, cut and slow."""
+    """Host names for ssh: box (a good one), dash, norsync, banner, closed, silent, changed, cut."""
 
     def __init__(self, place):
         self.place, self.processes = place, []
-        for key in ("host", "other_host", "user", "norsync", "banner", "stranger"):
+        for key in ("host", "other_host", "user", "norsync", "banner", "dash", "stranger"):
             subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", place / key], check=True)
         empty = place / "empty"
         empty.mkdir()
@@ -48,7 +48,8 @@ class Far:
         keys = [(place / "user.pub").read_text(),
                 force % (f"PATH={empty} exec /bin/sh -c \\\"$SSH_ORIGINAL_COMMAND\\\"", (place / "norsync.pub").read_text()),
                 force % ("echo Welcome to the machine; exec /bin/sh -c \\\"$SSH_ORIGINAL_COMMAND\\\"",
-                         (place / "banner.pub").read_text())]
+                         (place / "banner.pub").read_text()),
+                force % ("exec /bin/dash -c \\\"$SSH_ORIGINAL_COMMAND\\\"", (place / "dash.pub").read_text())]
         (place / "authorized_keys").write_text("".join(keys))
         self.port = free_port()
         (place / "sshd_config").write_text(
@@ -61,6 +62,7 @@ class Far:
         self.cutter = Cutter(self.port)
         (place / "known_changed").write_text(f"changed {(place / 'other_host.pub').read_text()}")
         hosts = {"box": (self.port, "user"), "norsync": (self.port, "norsync"), "banner": (self.port, "banner"),
+                 "dash": (self.port, "dash"),
                  "closed": (free_port(), "user"), "silent": (self.silent.getsockname()[1], "user"),
                  "changed": (self.port, "user"), "cut": (self.cutter.port, "user")}
         (place / "ssh_config").write_text("".join(
@@ -100,7 +102,7 @@ class Cutter:
 
     def __init__(self, port):
         outer = self
-        self.allow = None
+        self.allow, self.rate = None, None   # bytes, bytes a second
 
         class Handler(socketserver.BaseRequestHandler):
             def handle(self):
@@ -124,6 +126,8 @@ class Cutter:
                 if counted and self.allow is not None and passed > self.allow:
                     self.allow = None
                     break
+                if counted and self.rate:
+                    time.sleep(len(data) / self.rate)
                 sink.sendall(data)
         for end in (source, sink):
             with contextlib.suppress(OSError):
@@ -211,13 +215,34 @@ def test_a_notification_goes_to_osascript_with_text_as_arguments(far, tmp_path):
     assert said.count("COMPLETE") == 1 and said[-3:] == ["--", "COMPLETE", f"{tmp_path}/run was RUNNING"]
 
 
-def test_dead_after_sigkill_once_three_heartbeats_are_missed(far, tmp_path):
-    process = start(JOB, tmp_path, 10**6, env=env(PAUSE=0.01, RUN_OPTIONS='{"heartbeat": 1}'), stdout=subprocess.DEVNULL)
+@pytest.mark.parametrize("reaped", [True, False], ids=["gone", "a zombie"])
+def test_dead_at_once_after_sigkill_where_the_process_is_known_to_be_gone(far, tmp_path, reaped):
+    process = start(JOB, tmp_path, 10**6, env=env(PAUSE=0.01), stdout=subprocess.DEVNULL)
     wait_for(lambda: (tmp_path / "PROGRESS.txt").exists(), "the start")
-    kill(process)
-    first = monitor(far, "-1", f"box:{tmp_path}")
-    done = wait_for(lambda: (lambda d: d if "DEAD" in d.stdout else None)(monitor(far, "-1", f"box:{tmp_path}")), "DEAD", 20)
-    assert first.returncode in (1, 4) and done.returncode == 1 and "start it again" in done.stdout
+    running = monitor(far, "-1", f"box:{tmp_path}", code=4).stdout
+    assert f"PID {process.pid} on {socket.gethostname()}; to stop it: kill {process.pid}" in running
+    if reaped:
+        kill(process)
+    else:
+        process.kill()   # and nobody waits for it, as in many a container
+        time.sleep(0.2)
+    done = monitor(far, "-1", f"box:{tmp_path}", code=1)
+    process.wait()
+    assert word(done) == "DEAD" and "start it again" in done.stdout and "to stop it" not in done.stdout
+
+
+def test_a_run_that_ends_while_it_is_looked_at_is_not_called_dead(far, tmp_path):
+    """The file says RUNNING when it is read, COMPLETE when its process is found to be gone."""
+    stub = tmp_path / "stub"
+    stub.mkdir()
+    place = shlex.quote(str(tmp_path / "run" / "PROGRESS.txt"))
+    gone = subprocess.Popen(["sleep", "60"])
+    progress_file(tmp_path / "run", PID=gone.pid)
+    gone.kill()   # a zombie, whose last word comes between the two looks
+    far.tool("ps", f"sed -i s/RUNNING/COMPLETE/ {place}; echo Z", stub)
+    done = monitor(far, "-1", tmp_path / "run", code=0, PATH=f"{stub}:{far.bin}:/usr/bin:/bin")
+    gone.wait()
+    assert word(done) == "COMPLETE"
 
 
 def test_dead_although_its_process_number_belongs_to_another_now(far, tmp_path):
@@ -386,6 +411,194 @@ def test_ctrl_c_in_mid_fetch_ends_at_once_with_130_and_leaves_no_process(far, tm
     assert watcher.wait(timeout=5) == 130
     wait_for(lambda: not mine(), "the end of ssh", 5)
     assert not list(tmp_path.glob("monitor.*"))
+
+
+def test_it_waits_for_a_stage_that_is_about_to_appear_and_says_so(far, tmp_path):
+    progress_file(tmp_path, Status="COMPLETE")
+    with open(tmp_path / "screen", "w+") as screen:
+        watcher = subprocess.Popen(["bash", MONITOR, "-i", "3", f"box:{tmp_path}"], stdout=screen,
+                                   env=far.env())
+        text = lambda: (tmp_path / "screen").read_text()   # noqa: E731
+        wait_for(lambda: "One more look in 3 s" in text(), "the word")
+        process = start(JOB, tmp_path / "train", 300, env=env(PAUSE=0.02), stdout=subprocess.DEVNULL)
+        assert watcher.wait(timeout=60) == 0
+        process.wait(timeout=30)
+    assert "train: RUNNING" in text() and "train: COMPLETE" in text()
+
+
+def test_a_complete_run_alone_is_left_after_one_more_look(far, tmp_path):
+    progress_file(tmp_path, Status="COMPLETE")
+    assert monitor(far, "-i", 1, f"box:{tmp_path}", code=0).stdout.count(": COMPLETE") == 2
+
+
+def test_runs_that_fresh_has_put_aside_do_not_count(far, tmp_path):
+    progress_file(tmp_path / "train", Status="COMPLETE")
+    for old in ("train.old1", "train.old12"):
+        progress_file(tmp_path / old, Heartbeat=1)
+    done = monitor(far, "-1", f"box:{tmp_path}", code=0)
+    assert ".old" not in done.stdout
+    assert monitor(far, "-1", f"box:{tmp_path / 'train.old1'}").returncode != 0, "unless asked for"
+
+
+def test_the_end_is_told_in_minutes_and_on_the_readers_own_clock(far, tmp_path):
+    eta = int(time.time()) + 764
+    progress_file(tmp_path, ETA=f"764 s ({time.strftime('%Y-%m-%d %H:%M:%S UTC', time.gmtime(eta))})",
+                  Elapsed="829 s")
+    done = monitor(far, "-1", f"box:{tmp_path}", code=4, TZ="JST-9").stdout
+    there = {time.strftime("%H:%M", time.gmtime(eta + 9 * 3600 + s)) for s in (0, 60)}
+    assert re.search(r"ETA: 12 min, (at|on [-\d]+ at) (\d\d:\d\d)\n", done)[2] in there
+    assert "Elapsed: 13 min\n" in done and "UTC" not in done
+
+
+def test_a_run_that_still_loads_is_starting(far, tmp_path):
+    progress_file(tmp_path, Progress="0/0 steps (0.0%)")
+    done = monitor(far, "-1", f"box:{tmp_path}", code=4).stdout
+    assert ": RUNNING starting" in done and "0/0" not in done and "[---" not in done
+
+
+def test_a_host_that_has_no_name_and_a_refused_port_are_said_as_ssh_says_them(far, tmp_path):
+    done = monitor(far, "-1", "no-such-host.invalid:x", code=3).stdout
+    assert "Could not resolve hostname no-such-host.invalid" in done and "?" not in done
+    assert "Connection refused\n" in monitor(far, "-1", f"closed:{tmp_path}", code=3).stdout
+
+
+def test_no_such_directory_says_where(far):
+    assert "/nowhere: no such directory\n" in monitor(far, "-1", "/nowhere", code=2).stderr
+    assert "box:/nowhere: no such directory on box\n" in monitor(far, "-1", "box:/nowhere", code=2).stderr
+
+
+def test_a_leading_space_and_backslashes_in_a_path_stay(far, tmp_path):
+    place = tmp_path / "back\\nslash"
+    progress_file(place / " space" / "run")
+    with open(tmp_path / "screen", "w+") as screen:
+        watcher = subprocess.Popen(["bash", MONITOR, "-i", "1", f"box:{place}"], stdout=screen,
+                                   env=far.env())
+        wait_for(lambda: "RUNNING" in (tmp_path / "screen").read_text(), "RUNNING")
+        progress_file(place / " space" / "run", Status="FAILED", Error="it broke")
+        assert watcher.wait(timeout=30) == 1
+    text = (tmp_path / "screen").read_text()
+    assert f"box:{place}/ space/run: FAILED it broke" in text and text.count("\a") == 1
+
+
+def test_a_directory_called_like_an_option(far, tmp_path):
+    progress_file(tmp_path / "-n", Status="COMPLETE")
+    there = {"cwd": tmp_path, "env": far.env(), "capture_output": True, "text": True}
+    done = subprocess.run(["bash", MONITOR, "-1", "--", "-n"], **there)
+    assert done.returncode == 0 and "COMPLETE" in done.stdout, done.stderr
+    done = subprocess.run(["bash", SYNC, "--", "-n", "-t"], **there)
+    assert done.returncode == 0 and (tmp_path / "-t" / "PROGRESS.txt").exists(), done.stderr
+    home = Path.home() / "-n"
+    assert not home.exists()
+    home.symlink_to(tmp_path / "-n")
+    try:
+        assert "COMPLETE" in monitor(far, "-1", "box:-n", code=0).stdout
+        sync(far, "box:-n", tmp_path / "here")
+    finally:
+        home.unlink()
+    assert (tmp_path / "here" / "PROGRESS.txt").exists()
+
+
+# -- what both say of keys, hosts and targets
+
+
+@pytest.fixture(params=["monitor", "sync"])
+def both(request, far, tmp_path):
+    """Either script as a function of a target and its options: (exit code, all that it said)."""
+    def either(target, *options, **more):
+        last = [tmp_path / "here"] if request.param == "sync" else []
+        command = [SYNC] if request.param == "sync" else [MONITOR, "-1"]
+        done = subprocess.run(["bash", *command, *map(str, options), target, *last],
+                              env=far.env(**more), capture_output=True, text=True, timeout=60)
+        return done.returncode, done.stdout + done.stderr
+    return either
+
+
+@pytest.mark.parametrize("key, words", [
+    ("open", "type: chmod 600 {}"), ("locked", "type: ssh-add {}"), ("open.pub", "public half"),
+    ("garbage", "is not a private key"), ("stranger", "type: ssh-copy-id -i {} box")])
+def test_a_key_that_does_not_work_is_told_with_ssh_s_reason(far, tmp_path, both, key, words):
+    for name in ("open", "locked", "stranger"):
+        shutil.copy(far.place / ("stranger" if name == "stranger" else "user"), tmp_path / name)
+        (tmp_path / name).chmod(0o600)
+    subprocess.run(["ssh-keygen", "-q", "-p", "-N", "secret", "-f", tmp_path / "locked"], check=True)
+    (tmp_path / "open").chmod(0o644)
+    shutil.copy(far.place / "user.pub", tmp_path / "open.pub")
+    (tmp_path / "garbage").write_text("hello\n")
+    (tmp_path / "garbage").chmod(0o600)
+    progress_file(tmp_path / "there")
+    path = {"PATH": f"{only(far, tmp_path)}:/usr/bin:/bin"}
+    code, said = both(f"box:{tmp_path / 'there'}", "-k", tmp_path / key, **path)
+    assert code == 2 and words.format(tmp_path / key) in said and len(said.splitlines()) == 1
+    if key == "open":   # what it says is what helps
+        assert "Permissions 0644" in said
+        subprocess.run(re.search(r"type: (chmod .*)", said)[1], shell=True, check=True)
+        code, said = both(f"box:{tmp_path / 'there'}", "-k", tmp_path / key, **path)
+        assert code in (0, 4), said
+
+
+def test_a_locked_key_that_the_agent_holds_is_accepted(far, tmp_path, both):
+    need("ssh-agent")
+    shutil.copy(far.place / "user", tmp_path / "key")
+    (tmp_path / "key").chmod(0o600)
+    progress_file(tmp_path / "there", Status="COMPLETE")
+    socket_path = tmp_path / "agent"
+    agent = subprocess.Popen(["ssh-agent", "-D", "-a", socket_path], stdout=subprocess.DEVNULL)
+    try:
+        wait_for(socket_path.exists, "the agent")
+        subprocess.run(["ssh-add", "-q", tmp_path / "key"], check=True, stderr=subprocess.DEVNULL,
+                       env=env(SSH_AUTH_SOCK=socket_path))
+        subprocess.run(["ssh-keygen", "-q", "-p", "-N", "secret", "-f", tmp_path / "key"], check=True,
+                       stdout=subprocess.DEVNULL)
+        shutil.copy(far.place / "user.pub", tmp_path / "key.pub")
+        code, said = both(f"box:{tmp_path / 'there'}", "-k", tmp_path / "key",
+                          SSH_AUTH_SOCK=socket_path, PATH=f"{only(far, tmp_path)}:/usr/bin:/bin")
+    finally:
+        agent.kill()
+        agent.wait()
+    assert code == 0, said
+
+
+@pytest.mark.parametrize("port", [False, True], ids=["an alias", "a port"])
+def test_what_to_type_for_a_changed_host_key_helps(far, tmp_path, both, port):
+    name = f"[127.0.0.1]:{far.port}" if port else "renewed"
+    known = tmp_path / "known hosts"
+    known.write_text(f"{name} {(far.place / 'other_host.pub').read_text()}")
+    (tmp_path / "config").write_text(
+        f"Host ec2\n HostName 127.0.0.1\n Port {far.port}\n IdentityFile {far.place}/user\n"
+        f" UserKnownHostsFile \"{known}\"\n GlobalKnownHostsFile /dev/null\n User root\n"
+        + ("" if port else " HostKeyAlias renewed\n"))
+    stub = tmp_path / "stub"
+    stub.mkdir()
+    far.tool("ssh", f'exec {shutil.which("ssh")} -F {tmp_path}/config "$@"', stub)
+    progress_file(tmp_path / "there", Status="COMPLETE")
+    path = {"PATH": f"{stub}:/usr/bin:/bin"}
+    code, said = both(f"ec2:{tmp_path / 'there'}", **path)
+    assert code == 2 and "another host key" in said
+    typed = re.search(r"type: (ssh-keygen -R .*?)    ", said)[1]
+    subprocess.run(typed, shell=True, check=True, capture_output=True)
+    code, said = both(f"ec2:{tmp_path / 'there'}", **path)
+    assert code == 0, said
+
+
+@pytest.mark.parametrize("target", ["box:22022:dir", "ssh://box:22022/dir", "[::1]:dir", "box::dir"])
+def test_a_target_that_other_tools_take_is_told_where_ports_belong(both, target):
+    code, said = both(target)
+    assert code == 2 and "~/.ssh/config" in said and "'Port 22022'" in said
+    if target == "box:22022:dir":
+        assert "type ec2:dir" in said
+
+
+@pytest.mark.parametrize("name", ["\u00e4\u00e9", "new\nline", "quo'te", "-n"])
+def test_names_that_a_dash_on_the_far_side_reads(far, tmp_path, both, name):
+    progress_file(tmp_path / name, Status="COMPLETE")
+    code, said = both(f"dash:{tmp_path / name}")
+    assert code == 0, said
+
+
+def test_what_both_scripts_share_is_the_same_text():
+    shared = [re.search(r"# ---- shared with.*# ---- end of what is shared", script.read_text(), re.S)[0]
+              for script in (MONITOR, SYNC)]
+    assert shared[0] == shared[1] and len(shared[0]) > 1000
 
 
 # -- sync
@@ -608,7 +821,7 @@ def test_ctrl_c_and_sigterm_leave_no_process_behind(far, tmp_path):
     for number, code in ((signal.SIGINT, 130), (signal.SIGTERM, 143)):
         copier = subprocess.Popen(["bash", SYNC, f"silent:{tmp_path}", tmp_path / "here"], env=far.env(), start_new_session=True,
                                   stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        mine = lambda: subprocess.run(["pgrep", "-f", "silent rsync --server"], capture_output=True, text=True).stdout   # noqa: E731
+        mine = lambda: subprocess.run(["pgrep", "-f", "silent sh -s"], capture_output=True, text=True).stdout   # noqa: E731
         wait_for(mine, "the transfer")
         os.killpg(copier.pid, number)
         assert copier.wait(timeout=5) == code
@@ -623,6 +836,278 @@ def test_a_run_is_bounded_in_time(far, tmp_path):
                               stderr=subprocess.STDOUT, env=far.env(PATH=f"{stub}:{far.bin}:/usr/bin:/bin", SYNC_SECONDS=3))
     output = copier.communicate(timeout=30)[0]
     assert copier.returncode == 75 and "not finished after 3 s" in output
+
+
+def test_both_run_bare_with_remote_and_key_from_the_environment(far, tmp_path):
+    progress_file(tmp_path / "there", Status="COMPLETE")
+    more = {"REMOTE": f"box:{tmp_path / 'there'}", "SSH_KEY": far.place / "user", "HOME": tmp_path / "home",
+            "PATH": f"{only(far, tmp_path)}:/usr/bin:/bin"}
+    monitor(far, "-1", code=0, **more)
+    sync(far, **more)
+    assert same(tmp_path / "there", tmp_path / "home" / "results", ["PROGRESS.txt"])
+
+
+# -- sync: a limit in mid-file, and what dead transfers leave
+
+
+def openrsync(far, tmp_path, rate):
+    """Options for sync(): PATH with an rsync like openrsync, which sends `rate` bytes a second."""
+    stub = tmp_path / "stub"
+    stub.mkdir()
+    far.tool("rsync", f'exec {sys.executable} {ROOT}/tests/openrsync.py "$@"', stub)
+    return {"PATH": f"{stub}:{far.bin}:/usr/bin:/bin", "RATE": rate, "SENT": tmp_path / "sent"}
+
+
+def hidden(here):
+    """What transfers left behind."""
+    return [p for p in here.rglob(".*") if p.name != ".sync_results.lock"]
+
+
+def test_with_openrsync_the_limit_in_mid_file_loses_nothing_of_it(far, tmp_path):
+    there, here = tmp_path / "there", tmp_path / "here"
+    big(there, 6)
+    like_a_mac = openrsync(far, tmp_path, 2 << 20)
+    line = sync(far, there, here, code=75, SYNC_SECONDS=2, **like_a_mac)
+    assert "not finished after 2 s; the next run goes on from here" in line
+    kept = here / ".rsync-partial" / "checkpoint_00000.npz"
+    assert 1 << 20 < kept.stat().st_size < 6 << 20
+    for _ in range(5):
+        if (here / "checkpoint_00000.npz").exists():
+            break
+        done = subprocess.run(["bash", SYNC, there, here], capture_output=True, text=True,
+                              env=far.env(SYNC_SECONDS=2, **like_a_mac))
+        assert done.returncode in (0, 75), done.stderr
+    assert same(there, here, ["checkpoint_00000.npz"]) and not hidden(here)
+    assert sum(map(int, (tmp_path / "sent").read_text().split())) == 6 << 20, "each byte once"
+    assert (here / "checkpoint_00000.npz").stat().st_mode & 0o777 == 0o644
+
+
+def test_with_the_rsync_of_this_machine_too(far, tmp_path):
+    there, here = tmp_path / "there", tmp_path / "here"
+    big(there, 6)
+    far.cutter.rate = 1 << 20
+    try:
+        assert "not finished" in sync(far, f"cut:{there}", here, code=75, SYNC_SECONDS=4)
+    finally:
+        far.cutter.rate = None
+    assert (here / ".rsync-partial" / "checkpoint_00000.npz").stat().st_size > 1 << 20
+    sync(far, f"cut:{there}", here)
+    assert same(there, here, ["checkpoint_00000.npz"]) and not hidden(here)
+
+
+def test_debris_of_a_killed_transfer_is_used_by_the_next(far, tmp_path):
+    there, here = tmp_path / "there", tmp_path / "here"
+    big(there, 4)
+    like_a_mac = openrsync(far, tmp_path, 2 << 20)
+    copier = subprocess.Popen(["bash", SYNC, there, here], env=far.env(**like_a_mac),
+                              start_new_session=True, stdout=subprocess.DEVNULL)
+    debris = wait_for(lambda: [p for p in here.glob(".checkpoint*") if p.stat().st_size > 1 << 20],
+                      "the transfer")
+    os.kill(copier.pid, signal.SIGKILL)
+    copier.wait()
+    sync(far, there, here)                       # another sync is at it: what outlived ours
+    assert debris[0].exists()
+    transfer = subprocess.run(["lsof", "-t", debris[0]], capture_output=True, text=True).stdout
+    os.kill(int(transfer), signal.SIGKILL)
+    wait_for(lambda: not subprocess.run(["lsof", "-t", debris[0]], capture_output=True).stdout, "its end")
+    wait_for(lambda: "new files" in sync(far, there, here, **like_a_mac), "the lock", 10)
+    assert same(there, here, ["checkpoint_00000.npz"]) and not hidden(here)
+    assert sum(map(int, (tmp_path / "sent").read_text().split())) == 4 << 20, "each byte once"
+
+
+@pytest.mark.parametrize("lsof", [True, False], ids=["lsof", "proc"])
+def test_debris_of_a_living_transfer_and_files_of_others_stay(far, tmp_path, lsof):
+    there, here = tmp_path / "there", tmp_path / "here"
+    progress_file(there)
+    (there / "dataset.npz").write_text("data")
+    here.mkdir()
+    mine = [here / ".notes.A1b2c3", here / ".dataset.npz.backup", here / ".bashrc"]
+    for path in mine:
+        path.write_text("mine")
+    path = {}
+    if not lsof:   # all the tools there are, but that one
+        tools = tmp_path / "tools"
+        tools.mkdir()
+        for directory in ("/usr/bin", "/bin"):
+            for tool in Path(directory).iterdir():
+                if tool.name != "lsof" and not (tools / tool.name).exists():
+                    (tools / tool.name).symlink_to(tool)
+        bash_env = tmp_path / "hide"   # PATH gets /usr/bin behind: a function hides lsof there
+        bash_env.write_text('command() { case "$*" in "-v lsof") return 1 ;; esac; builtin command "$@"; }')
+        path = {"BASH_ENV": bash_env}
+    with open(here / ".dataset.npz.A1b2c3d4e5", "w") as living:
+        living.write("half")
+        living.flush()
+        dead = here / ".dataset.npz.Zyxwv9"
+        dead.write_text("half")
+        sync(far, f"box:{there}", here, **path)
+        assert Path(living.name).exists() and not dead.exists()
+    sync(far, f"box:{there}", here, **path)
+    assert not Path(living.name).exists() and all(p.read_text() == "mine" for p in mine)
+    assert not (here / ".rsync-partial").exists() and same(there, here, ["dataset.npz"])
+
+
+# -- sync: the order, and training states
+
+
+def job(out, total, **more):
+    """The states of a job on the standard library: one each ten steps, the last three stay."""
+    return run(JOB, out, total, **more)
+
+
+def states(directory):
+    return sorted(int(p.stem.split("_")[1]) for p in directory.glob("checkpoint_*"))
+
+
+def test_results_come_before_what_only_a_restart_needs(far, tmp_path):
+    there, here = tmp_path / "there", tmp_path / "here"
+    job(there / "train", 50)
+    run("generate.py", "--n", 200, "--every", 100, "--out", there)
+    content = {"report.html": 1, "report.png": 1, "train/best_model.pt": 2, "train/metrics.json": 3,
+               "train/history.json": 3, "train/evaluation/metrics.json": 3, "train/samples/one.png": 3,
+               "train/samples.npz": 4, "dataset.npz": 4}
+    for name in content:
+        (there / name).parent.mkdir(exist_ok=True)
+        (there / name).write_bytes(os.urandom(1000))
+    sync(far, f"box:{there}", here)
+    content |= {"PROGRESS.txt": 1, "train/PROGRESS.txt": 1, "checkpoint_00000.npz": 4,
+                "checkpoint_00100.npz": 4, "train/checkpoint_00050.json": 5}
+    assert same(there, here, content)
+    arrived = sorted(content, key=lambda name: (here / name).stat().st_ctime_ns)
+    assert [content[name] for name in arrived] == sorted(content.values())
+    assert states(here / "train") == [50], "only the newest state"
+
+
+def test_as_many_states_stay_here_as_there_and_pieces_and_all_else_for_ever(far, tmp_path):
+    there, here = tmp_path / "there", tmp_path / "here"
+    run("generate.py", "--n", 200, "--every", 100, "--out", there)
+    for total, left in ((20, [20]), (50, [20, 50]), (80, [20, 50, 80]), (110, [50, 80, 110])):
+        job(there / "train", total)
+        line = sync(far, f"box:{there}", here)
+        assert states(here / "train") == left
+    assert "1 older training states let go" in line
+    (there / "checkpoint_00000.npz").unlink()
+    for number in (90, 100):
+        (there / "train" / f"checkpoint_{number:05d}.json").unlink()
+    sync(far, f"box:{there}", here)
+    assert states(here / "train") == [110] and states(here) == [0, 100]
+    (there / "train" / "checkpoint_00110.json").unlink()
+    sync(far, f"box:{there}", here)
+    shutil.rmtree(there / "train")
+    sync(far, f"box:{there}", here)
+    assert states(here / "train") == [110], "no state there is no reason to let one go here"
+
+
+def test_an_older_state_goes_only_once_a_newer_one_is_verified_here(far, tmp_path):
+    there, here = tmp_path / "there", tmp_path / "here"
+    for total in (10, 40, 70, 100):
+        job(there, total)
+        sync(far, f"box:{there}", here) if total < 100 else None
+    stub = tmp_path / "stub"
+    stub.mkdir()
+    newest = shlex.quote(str(here / "checkpoint_00100.json"))
+    far.tool("rsync", f"""{shutil.which('rsync')} "$@"; code=$?
+        [ ! -e {newest} ] || printf X | dd of={newest} conv=notrunc status=none; exit $code""", stub)
+    damaged = {"PATH": f"{stub}:{far.bin}:/usr/bin:/bin"}
+    line = sync(far, f"box:{there}", here, code=1, **damaged)
+    assert "checkpoint_00100.json" in line and "older states were kept" in line
+    assert states(here) == [10, 40, 70, 100]
+    sync(far, f"box:{there}", here)   # a sound disk: the copy is mended, then one may go
+    assert states(here) == [40, 70, 100] and same(there, here, ["checkpoint_00100.json"])
+
+
+@pytest.mark.parametrize("tool", ["sha256sum", "shasum", "openssl"])
+def test_each_of_the_programs_for_sha256_will_do(far, tmp_path, tool):
+    need(tool)
+    there, here = tmp_path / "there", tmp_path / "here"
+    hide = tmp_path / "hide"   # the others are not there for `command -v`, and fail if called
+    others = [other for other in ("shasum", "sha256sum", "openssl") if other != tool]
+    hide.write_text("".join(f"{o}() {{ exit 9; }}\n" for o in others) +
+                    'command() { case "$*" in ' + " | ".join(f'"-v {o}"' for o in others) +
+                    ') return 1 ;; esac; builtin command "$@"; }\n')
+    for total in (10, 40, 70, 100):
+        job(there, total)
+        sync(far, there, here, BASH_ENV=hide)
+    assert states(here) == [40, 70, 100]
+
+
+def test_with_the_laptops_copy_alone_the_work_goes_on_exactly_elsewhere(far, tmp_path):
+    there, here, other = tmp_path / "there", tmp_path / "here", tmp_path / "other"
+    process = start(JOB, there, 400, env=env(PAUSE=0.01), stdout=subprocess.DEVNULL)
+    for seen in (20, 120):   # while it runs, and once more after it was killed
+        wait_for(lambda: there.exists() and states(there) and states(there)[-1] >= seen, "a state")
+        sync(far, f"box:{there}", here)
+    kill(process)
+    sync(far, f"box:{there}", here)
+    shutil.rmtree(there)
+    shutil.copytree(here, other)
+    begun = states(other)[-1]
+    assert 120 <= begun < 400
+    log = run(JOB, other, 400).stdout
+    run(JOB, tmp_path / "undisturbed", 400)
+    assert f"checkpoint_{begun + 10:05d}.json" in log and f"checkpoint_{begun:05d}.json" not in log
+    assert same(other, tmp_path / "undisturbed", ["checkpoint_00400.json"])
+    assert checkpointing.verify([other]) == 0
+
+
+@pytest.mark.parametrize("below", ["train", "."])
+def test_a_run_that_began_anew_does_not_mix_with_the_old_ones_copies(far, tmp_path, below):
+    there, here = tmp_path / "there", tmp_path / "here"
+    job(there / below, 60)
+    (there / below / "best_model.pt").write_text("old")
+    sync(far, f"box:{there}", here)
+    (there / below).rename(tmp_path / "there.old1" if below == "." else there / "train.old1")
+    job(there / below, 30)
+    (there / below / "best_model.pt").write_text("new")
+    assert "a new run began there" in sync(far, f"box:{there}", here)
+    aside = tmp_path / "here.old1" if below == "." else here / "train.old1"
+    assert states(aside) == [60] and (aside / "best_model.pt").read_text() == "old"
+    assert states(here / below) == [30] and (here / below / "best_model.pt").read_text() == "new"
+    if below == "train":   # that of the far side stays there: it was copied when it was new
+        (there / "train.old1" / "only_there").touch()
+        sync(far, f"box:{there}", here)
+        assert not list(here.rglob("only_there"))
+
+
+# -- sync: small things that were wrong
+
+
+def test_links_and_pipes_are_not_new_files(far, tmp_path):
+    there, here = tmp_path / "there", tmp_path / "here"
+    progress_file(there)
+    (there / "a.npz").write_text("x")
+    (there / "link.npz").symlink_to("a.npz")
+    os.mkfifo(there / "pipe")
+    assert "1 new files" in sync(far, f"box:{there}", here)
+    assert "0 new files" in sync(far, f"box:{there}", here)
+
+
+def test_a_file_that_vanishes_from_a_remote_with_openrsync_is_no_trouble(far, tmp_path):
+    there, here = tmp_path / "there", tmp_path / "here"
+    progress_file(there)
+    (there / "dataset.npz").write_text("x")
+    stub = tmp_path / "stub"
+    stub.mkdir()
+    far.tool("rsync", f"""{shutil.which('rsync')} "$@"; case "$*" in *prune*) exit ;; esac
+        echo "rsync(77): error: {there}/checkpoint_1.npz: lstat: No such file or directory" >&2
+        echo "rsync(78): error: poll: bad fd" >&2; exit 23""", stub)
+    path = {"PATH": f"{stub}:{far.bin}:/usr/bin:/bin"}
+    assert "1 new files" in sync(far, f"box:{there}", here, **path)
+    far.tool("rsync", f"""rm -r {there}
+        echo "rsync(77): error: {there}: lstat: No such file or directory" >&2; exit 23""", stub)
+    assert "no such directory" in sync(far, f"box:{there}", here, code=2, **path)
+
+
+def test_ssh_s_reason_is_shown_and_not_rsync_s_last_line(far, tmp_path):
+    progress_file(tmp_path / "there")
+    assert "Connection refused" in sync(far, "closed:x", tmp_path / "here", code=75)
+    stub = tmp_path / "stub"
+    stub.mkdir()
+    far.tool("rsync", """printf 'Read from remote host box: Connection reset by peer\\r\\n' >&2
+        echo "rsync(2529): error: poll: bad fd" >&2; exit 255""", stub)
+    line = sync(far, f"box:{tmp_path / 'there'}", tmp_path / "here", code=75,
+                PATH=f"{stub}:{far.bin}:/usr/bin:/bin")
+    assert "(Read from remote host box: Connection reset by peer)" in line
 
 
 # -- what macOS lacks

@@ -506,6 +506,26 @@ find_state_dirs() {
         done >"$tmp/dirs"
 }
 
+# Leaves in $tmp/models, figures and data which files of each kind are there: without any, a pass,
+# which is a login, can be spared.
+sort_files() {
+    local kind
+    for kind in models figures data; do : >"$tmp/$kind"; done
+    TMPDIR=$tmp awk '
+        FILENAME == ARGV[1] { states[$0] = 1; next }
+        {
+            name = $0; sub(/.*\//, "", name)
+            dir = substr($0, 1, length($0) - length(name))
+            if (name ~ /^checkpoint_/) kind = dir in states ? "" : "data"
+            else if (name ~ /^(PROGRESS[.]txt|run[.]json|checkpoints[.]jsonl)$/) kind = ""
+            else if (name ~ /^report[.]/) kind = ""
+            else if (name ~ /[.]pt$/) kind = "models"
+            else if (name ~ /[.](jsonl?|png|svg|gif|html|txt|csv)$/) kind = "figures"
+            else kind = "data"
+            if (kind != "") print >(ENVIRON["TMPDIR"] "/" kind)
+        }' "$tmp/dirs" "$tmp/files"
+}
+
 # Names of states, from stdin: in the order of their numbers.
 by_number() { sed 's/^checkpoint_\([0-9]*\)\..*/\1 &/' | sort -n | cut -d ' ' -f 2; }
 
@@ -584,19 +604,21 @@ use_debris
 # may have kept its size within one second.
 copy -c --include=PROGRESS.txt --include=run.json --include=checkpoints.jsonl \
     --include='report.*' "${only[@]}"
-if grep '\.pt$' "$tmp/files" | grep -qv '/checkpoint_[^/]*$'; then
-    copy -c --exclude='checkpoint_*' --include='*.pt' "${only[@]}"
-fi
-copy -c --exclude='checkpoint_*' --exclude=PROGRESS.txt --include='*.json' --include='*.jsonl' \
-    --include='*.png' --include='*.svg' --include='*.gif' --include='*.html' --include='*.txt' \
-    --include='*.csv' "${only[@]}"
-
 find_state_dirs
-states=()
-while IFS= read -r dir; do
-    states+=("--exclude=/$(escaped "${dir#./}")checkpoint_*")
-done <"$tmp/dirs"
-copy --exclude=PROGRESS.txt ${states[@]+"${states[@]}"}
+sort_files
+if [ -s "$tmp/models" ]; then copy -c --exclude='checkpoint_*' --include='*.pt' "${only[@]}"; fi
+if [ -s "$tmp/figures" ]; then
+    copy -c --exclude='checkpoint_*' --exclude=PROGRESS.txt --include='*.json' --include='*.jsonl' \
+        --include='*.png' --include='*.svg' --include='*.gif' --include='*.html' \
+        --include='*.txt' --include='*.csv' "${only[@]}"
+fi
+if [ -s "$tmp/data" ]; then
+    states=()
+    while IFS= read -r dir; do
+        states+=("--exclude=/$(escaped "${dir#./}")checkpoint_*")
+    done <"$tmp/dirs"
+    copy --exclude=PROGRESS.txt ${states[@]+"${states[@]}"}
+fi
 
 if [ -s "$tmp/dirs" ]; then
     if [ $(($(date +%s) - looked)) -gt 20 ]; then look; fi   # by now there are newer ones

@@ -898,7 +898,7 @@ def test_with_the_rsync_of_this_machine_too(far, tmp_path):
 def test_debris_of_a_killed_transfer_is_used_by_the_next(far, tmp_path):
     there, here = tmp_path / "there", tmp_path / "here"
     big(there, 4)
-    like_a_mac = openrsync(far, tmp_path, 2 << 20)
+    like_a_mac = openrsync(far, tmp_path, 1 << 20)
     copier = subprocess.Popen(["bash", SYNC, there, here], env=far.env(**like_a_mac),
                               start_new_session=True, stdout=subprocess.DEVNULL)
     debris = wait_for(lambda: [p for p in here.glob(".checkpoint*") if p.stat().st_size > 1 << 20],
@@ -1002,17 +1002,18 @@ def test_an_older_state_goes_only_once_a_newer_one_is_verified_here(far, tmp_pat
     there, here = tmp_path / "there", tmp_path / "here"
     for total in (10, 40, 70, 100):
         job(there, total)
-        sync(far, f"box:{there}", here) if total < 100 else None
+        if total < 100:
+            sync(far, there, here)
     stub = tmp_path / "stub"
     stub.mkdir()
     newest = shlex.quote(str(here / "checkpoint_00100.json"))
     far.tool("rsync", f"""{shutil.which('rsync')} "$@"; code=$?
         [ ! -e {newest} ] || printf X | dd of={newest} conv=notrunc status=none; exit $code""", stub)
     damaged = {"PATH": f"{stub}:{far.bin}:/usr/bin:/bin"}
-    line = sync(far, f"box:{there}", here, code=1, **damaged)
+    line = sync(far, there, here, code=1, **damaged)
     assert "checkpoint_00100.json" in line and "older states were kept" in line
     assert states(here) == [10, 40, 70, 100]
-    sync(far, f"box:{there}", here)   # a sound disk: the copy is mended, then one may go
+    sync(far, there, here)   # a sound disk: the copy is mended, then one may go
     assert states(here) == [40, 70, 100] and same(there, here, ["checkpoint_00100.json"])
 
 
@@ -1033,7 +1034,7 @@ def test_each_of_the_programs_for_sha256_will_do(far, tmp_path, tool):
 
 def test_with_the_laptops_copy_alone_the_work_goes_on_exactly_elsewhere(far, tmp_path):
     there, here, other = tmp_path / "there", tmp_path / "here", tmp_path / "other"
-    process = start(JOB, there, 400, env=env(PAUSE=0.01), stdout=subprocess.DEVNULL)
+    process = start(JOB, there, 1200, env=env(PAUSE=0.01), stdout=subprocess.DEVNULL)
     for seen in (20, 120):   # while it runs, and once more after it was killed
         wait_for(lambda: there.exists() and states(there) and states(there)[-1] >= seen, "a state")
         sync(far, f"box:{there}", here)
@@ -1042,11 +1043,11 @@ def test_with_the_laptops_copy_alone_the_work_goes_on_exactly_elsewhere(far, tmp
     shutil.rmtree(there)
     shutil.copytree(here, other)
     begun = states(other)[-1]
-    assert 120 <= begun < 400
-    log = run(JOB, other, 400).stdout
-    run(JOB, tmp_path / "undisturbed", 400)
+    assert 120 <= begun < 1200
+    log = run(JOB, other, 1200).stdout
+    run(JOB, tmp_path / "undisturbed", 1200)
     assert f"checkpoint_{begun + 10:05d}.json" in log and f"checkpoint_{begun:05d}.json" not in log
-    assert same(other, tmp_path / "undisturbed", ["checkpoint_00400.json"])
+    assert same(other, tmp_path / "undisturbed", ["checkpoint_01200.json"])
     assert checkpointing.verify([other]) == 0
 
 
@@ -1055,17 +1056,17 @@ def test_a_run_that_began_anew_does_not_mix_with_the_old_ones_copies(far, tmp_pa
     there, here = tmp_path / "there", tmp_path / "here"
     job(there / below, 60)
     (there / below / "best_model.pt").write_text("old")
-    sync(far, f"box:{there}", here)
+    sync(far, there, here)
     (there / below).rename(tmp_path / "there.old1" if below == "." else there / "train.old1")
     job(there / below, 30)
     (there / below / "best_model.pt").write_text("new")
-    assert "a new run began there" in sync(far, f"box:{there}", here)
+    assert "a new run began there" in sync(far, there, here)
     aside = tmp_path / "here.old1" if below == "." else here / "train.old1"
     assert states(aside) == [60] and (aside / "best_model.pt").read_text() == "old"
     assert states(here / below) == [30] and (here / below / "best_model.pt").read_text() == "new"
     if below == "train":   # that of the far side stays there: it was copied when it was new
         (there / "train.old1" / "only_there").touch()
-        sync(far, f"box:{there}", here)
+        sync(far, there, here)
         assert not list(here.rglob("only_there"))
 
 

@@ -193,6 +193,7 @@ seconds=${SYNC_SECONDS:-1800}
 case $seconds in '' | *[!0-9]* | 0 | ???????*)
     fail 2 "SYNC_SECONDS must be a number of seconds, not $seconds" ;;
 esac
+if ! command -v rsync >/dev/null 2>&1; then fail 1 "no rsync on this machine; install it"; fi
 if ! trouble=$(mkdir -p -- "$to" 2>&1); then fail 1 "cannot make $to: ${trouble##*: }"; fi
 
 # ---- only one at a time -----------------------------------------------------------------------
@@ -306,7 +307,7 @@ login_text() {
     fail 2 "$host prints text at login, which rsync cannot read past; silence it for" \
         "non-interactive shells (.bashrc)"
 }
-no_rsync() { fail 2 "no rsync${host:+ on $host}; install it there (apt-get install rsync)"; }
+no_rsync() { fail 2 "no rsync on $host; install it there (apt-get install rsync)"; }
 
 # ---- copying ----------------------------------------------------------------------------------
 
@@ -364,8 +365,7 @@ explain() {
         saw '\[\(receiver\|generator\)\].*denied'; then
         fail 1 "cannot write to $to: $last"
     elif [ "$1" -eq 127 ] || saw 'rsync.*not found\|command not found\|not recognized'; then
-        if command -v rsync >/dev/null 2>&1; then no_rsync; fi
-        fail 1 "no rsync on this machine; install it"
+        no_rsync
     elif saw 'is your shell clean\|protocol version mismatch' ||
         saw 'unexpected tag\|invalid.*handshake'; then
         login_text
@@ -447,12 +447,17 @@ remove_halves() {
 run_id() { sed -n 's/.*"run": *"\([0-9A-Za-z]*\)".*/\1/p' "$1" 2>/dev/null | head -n 1; }
 
 set_old_runs_aside() {
-    local id path dir aside number old
+    local id path dir aside number old source
     while read -r id path; do
         dir=$to/${path#./}
         old=$(run_id "$dir")
         dir=${dir%/run.json}
         if [ -z "$old" ] || [ "$id" = none ] || [ "$old" = "$id" ]; then continue; fi
+        source=$(head -n 1 "$to/.sync_results.lock")
+        if [ -n "$source" ] && [ "$source" != "$shown" ]; then
+            fail 2 "$to has copies of other runs, from $source; give another local directory, or" \
+                "type: mv $(typed "$to") $(typed "${to%/}.before")"
+        fi
         aside=$(cd "$dir" && pwd -P) number=1
         while [ -e "$aside.old$number" ]; do number=$((number + 1)); done
         aside=$aside.old$number
@@ -460,6 +465,7 @@ set_old_runs_aside() {
             fail 1 "$shown has begun anew, and the old copies in $dir cannot be moved to $aside"
         notes="$notes; a new run began there, the old one's copies are in $aside"
     done <"$tmp/runs"
+    printf '%s\n' "$shown" >"$to/.sync_results.lock"   # who the copies are of, for the next time
 }
 
 # The directory itself stays, since it has our lock; run.json goes last, for a move that is cut off.
@@ -516,7 +522,7 @@ sort_files() {
         {
             name = $0; sub(/.*\//, "", name)
             dir = substr($0, 1, length($0) - length(name))
-            if (name ~ /^checkpoint_/) kind = dir in states ? "" : "data"
+            if (name ~ /^checkpoint_/) kind = (dir in states) ? "" : "data"
             else if (name ~ /^(PROGRESS[.]txt|run[.]json|checkpoints[.]jsonl)$/) kind = ""
             else if (name ~ /^report[.]/) kind = ""
             else if (name ~ /[.]pt$/) kind = "models"
@@ -585,6 +591,7 @@ let_go() {
             bad="$bad ${dir#./}$newest"
             continue
         fi
+        [ ! -s "$tmp/old" ] || sync   # to the disk: a power cut must not take the newer one as well
         while IFS= read -r old; do
             rm -f "$to/${dir#./}$old" && gone=$((gone + 1))
         done <"$tmp/old"

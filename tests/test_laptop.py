@@ -1070,6 +1070,18 @@ def test_a_run_that_began_anew_does_not_mix_with_the_old_ones_copies(far, tmp_pa
         assert not list(here.rglob("only_there"))
 
 
+def test_copies_of_two_remotes_do_not_push_each_other_out(far, tmp_path):
+    here = tmp_path / "here"
+    job(tmp_path / "one", 30)
+    job(tmp_path / "two", 30)
+    sync(far, tmp_path / "one", here)
+    line = sync(far, tmp_path / "two", here, code=2)
+    assert f"copies of other runs, from {tmp_path / 'one'}" in line and "type: mv" in line
+    subprocess.run(re.search(r"type: (mv .*)", line)[1], shell=True, check=True)
+    sync(far, tmp_path / "two", here)
+    assert same(tmp_path / "two", here, ["run.json"])
+
+
 # -- sync: small things that were wrong
 
 

@@ -127,6 +127,8 @@ class Child:
         self.acks, write = os.pipe()
         os.set_blocking(self.acks, False)
         self.acked = b""
+        stops = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+        signal.pthread_sigmask(signal.SIG_BLOCK, stops)   # until the child is one that can die of them
         self.pid = os.fork()
         if self.pid == 0:
             code = 1
@@ -134,8 +136,9 @@ class Child:
                 os.dup2(self.log.fileno(), 1)
                 os.dup2(self.log.fileno(), 2)
                 sys.stdout, sys.stderr = open(1, "w"), open(2, "w", buffering=1)
-                for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+                for number in stops:
                     signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+                signal.pthread_sigmask(signal.SIG_UNBLOCK, stops)
                 if gate:
                     os.close(gate[1])
                     os.read(gate[0], 1)
@@ -151,6 +154,7 @@ class Child:
                 with contextlib.suppress(BaseException):
                     sys.stdout.flush()
                 os._exit(code)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, stops)
         os.close(write)
         self.code = None
 

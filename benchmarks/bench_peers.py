@@ -22,7 +22,8 @@ import venv
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-PEERS = ["task-checkpoint==0.1.5", "safe-state==0.4.0", "loopz==1.0.0"]
+PEERS = ["task-checkpoint==0.1.5", "safe-state==0.4.0", "loopz==1.0.0",
+         "numpy"]   # which loopz imports without asking for it
 LIMIT, KILLS, ITEMS, ITEMS_OF_NOTHING = 120, 10, 3000, 20_000
 
 # work(i) is the item, N their number, EVERY the items between checkpoints. As in each quick start.
@@ -64,7 +65,8 @@ A_MILLISECOND = ("import os, time\n"
 
 
 def start(python, way, work, number, every, directory):
-    code = f"import sys\nsys.path.insert(0, {str(ROOT)!r})\nN, EVERY = {number}, {every}\n{work}{WAYS[way]}\n"
+    numbers = f"N, EVERY = {number}, {every}\n"
+    code = f"import sys\nsys.path.insert(0, {str(ROOT)!r})\n{numbers}{work}{WAYS[way]}\n"
     environment = {**os.environ, "HOME": str(directory)}   # where some of them keep their state
     return subprocess.Popen([python, "-c", code], cwd=directory, env=environment,
                             stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,

@@ -1,14 +1,15 @@
 """Break the machine under the library, again and again, and count what is lost.
 
-    python tests/prove.py --minutes 20                       # all parts; prints the table of the README
-    python tests/prove.py --part power --seconds 30          # one part
-    python tests/prove.py --part kill --seconds 5 --seed 7   # a smaller one, with other moments
+    python tests/prove.py --minutes 20                      # all parts; the table of the README
+    python tests/prove.py --part power --seconds 30         # one part
+    python tests/prove.py --part kill --seconds 5 --seed 7  # shorter, with other moments
 
-Real processes, real signals, real file systems. A trial is lost if work that was reported as saved is gone, a file under
-its final name is not the one that was written, a restart does not end with the bytes of an undisturbed run, something is
-left behind, a process hangs, or an error is not one line. Prints a line for each lost trial, and how to repeat it; exit
-code 0 if none was lost, 1 otherwise, 3 if a tool is missing. Linux with strace; power cuts need root. --code DIR tests
-the copy of checkpointing.py, generate.py and merge.py in another directory.
+Real processes, real signals, real file systems. A trial is lost if work that was reported as saved
+is gone, a file under its final name is not the one that was written, a restart does not end with
+the bytes of an undisturbed run, something is left behind, a process hangs, or an error is not one
+line. Prints a line for each lost trial, and how to repeat it; exit code 0 if none was lost, 1
+otherwise, 3 if a tool is missing. Linux with strace; power cuts need root. --code DIR tests the
+copy of checkpointing.py, generate.py and merge.py in another directory.
 """
 import argparse
 import contextlib
@@ -32,11 +33,13 @@ from pathlib import Path
 parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
 parser.add_argument("--minutes", type=float, default=20, help="time for all parts (default 20)")
 parser.add_argument("--seconds", type=float, help="time for each part instead")
-parser.add_argument("--part", action="append", help="only this part: order, kill, fail, power, rot, starts, signals or "
+parser.add_argument("--part", action="append",
+                    help="only this part: order, kill, fail, power, rot, starts, signals or "
                     "histories; may be given again")
 parser.add_argument("--seed", type=int, default=1, help="other moments and places (default 1)")
 parser.add_argument("--first", action="store_true", help="stop at the first loss")
-parser.add_argument("--code", default=Path(__file__).resolve().parent.parent, help="where checkpointing.py is")
+parser.add_argument("--code", default=Path(__file__).resolve().parent.parent,
+                    help="where checkpointing.py is")
 arguments = parser.parse_args() if __name__ == "__main__" else parser.parse_args([])
 
 os.environ.update(OPENBLAS_NUM_THREADS="1", OMP_NUM_THREADS="1")   # we fork: no threads of NumPy's
@@ -57,8 +60,9 @@ def must(condition, what):
         raise Lost(what)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The jobs that are broken, each in a process of its own. ack(n) reports what is saved, as a log or a person would see it.
+# --------------------------------------------------------------------------------------------------
+# The jobs that are broken, each in a process of its own. ack(n) reports what is saved, as a log or
+# a person would see it.
 
 def content_of(start, stop):
     """What a piece holds: a few pages, so that half of it can be missing."""
@@ -66,7 +70,8 @@ def content_of(start, stop):
 
 
 def pieces_job(out, ack, total=40):
-    with checkpointing.Run(out, total, every=10, suffix=".txt", heartbeat=0.03, settings={"seed": 1}) as run:
+    with checkpointing.Run(out, total, every=10, suffix=".txt", heartbeat=0.03,
+                           settings={"seed": 1}) as run:
         for piece in run.pieces():
             list(piece)
             piece.save(content_of(piece.start, piece.done))
@@ -79,7 +84,8 @@ def state_of(number):
 
 def state_job(out, ack, total=60):
     """A state with retention: the oldest of three checkpoints is removed after each save."""
-    with checkpointing.Run(out, total, every=10, suffix=".json", heartbeat=0.03, keep=2, settings={"seed": 1}) as run:
+    with checkpointing.Run(out, total, every=10, suffix=".json", heartbeat=0.03, keep=2,
+                           settings={"seed": 1}) as run:
         state = run.load(json.load, default=state_of(0))
         saved = run.durable
         for i in run.steps(lambda file: file.write(json.dumps(state).encode())):
@@ -93,7 +99,8 @@ def state_job(out, ack, total=60):
 
 def stubborn_job(out, ack):
     """A loop of its own, in which a save that failed is tried again."""
-    with checkpointing.Run(out, 60, suffix=".json", heartbeat=0.03, keep=2, settings={"seed": 1}) as run:
+    with checkpointing.Run(out, 60, suffix=".json", heartbeat=0.03, keep=2,
+                           settings={"seed": 1}) as run:
         run.load(json.load)
         run.begin()
         while run.done < run.total:
@@ -114,13 +121,13 @@ def merge_job(out, ack):
     ack(1)
 
 
-def generate_job(ack, *options):
+def generate_job(*options, ack):
     sys.argv = ["generate.py", *map(str, options)]
     generate.main()
 
 
 class Child:
-    """A job in a forked process: all that a new process has but the time that Python takes to start."""
+    """A job in a forked process: like a new one, without the time that Python takes to start."""
 
     def __init__(self, job, *job_arguments, gate=None):
         self.job, self.log = job, tempfile.TemporaryFile()
@@ -128,7 +135,8 @@ class Child:
         os.set_blocking(self.acks, False)
         self.acked = b""
         stops = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-        signal.pthread_sigmask(signal.SIG_BLOCK, stops)   # until the child is one that can die of them
+        # until the child is one that can die of them
+        signal.pthread_sigmask(signal.SIG_BLOCK, stops)
         self.pid = os.fork()
         if self.pid == 0:
             code = 1
@@ -137,7 +145,8 @@ class Child:
                 os.dup2(self.log.fileno(), 2)
                 sys.stdout, sys.stderr = open(1, "w"), open(2, "w", buffering=1)
                 for number in stops:
-                    signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+                    signal.signal(number, signal.SIG_DFL)
+                signal.signal(signal.SIGINT, signal.default_int_handler)
                 signal.pthread_sigmask(signal.SIG_UNBLOCK, stops)
                 if gate:
                     os.close(gate[1])
@@ -146,7 +155,7 @@ class Child:
                 sys.stdout.flush()
                 code = 0
             except SystemExit as leaving:
-                code = leaving.code if isinstance(leaving.code, int) else 0 if leaving.code is None else 1
+                code = leaving.code or 0
             except BaseException as error:
                 traceback.print_exc()
                 code = 130 if isinstance(error, KeyboardInterrupt) else 1
@@ -222,13 +231,14 @@ def finish(job, *job_arguments):
         return process.said()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # What must hold, whatever happened
 
 def whole(path, number):
     """The file under a final name is the one that was written."""
     data = path.read_text()
-    right = content_of(number, number + 10) if path.suffix == ".txt" else json.dumps(state_of(number))
+    state = path.suffix == ".json"
+    right = json.dumps(state_of(number)) if state else content_of(number, number + 10)
     must(data == right, f"{path.name} is not what was written ({len(data)} of {len(right)} bytes)")
 
 
@@ -240,13 +250,15 @@ def nothing_saved_is_gone(job, out, acked):
     if job is pieces_job:
         must(set(acked) <= set(numbers), f"reported as saved: {acked}, there: {numbers}")
     elif acked:
-        must(numbers and numbers[-1] >= acked[-1], f"reported as saved: {acked[-1]}, there: {numbers}")
+        must(numbers and numbers[-1] >= acked[-1],
+             f"reported as saved: {acked[-1]}, there: {numbers}")
 
 
 def all_done(job, out):
     """All the work is there, and it verifies."""
     numbers = [number for number, _ in checkpointing.find_checkpoints(out)]
-    # Killed between the last save and the removal of what is older, a state leaves one more than it keeps.
+    # Killed between the last save and the removal of what is older, a state leaves one more than it
+    # keeps.
     right = [[0, 10, 20, 30]] if job is pieces_job else [[50, 60], [40, 50, 60]]
     must(numbers in right, f"not all is there: {numbers}")
     nothing_saved_is_gone(job, out, [])
@@ -260,7 +272,8 @@ def says_complete(out):
 
 def no_stack_trace(said):
     if "Traceback" in said:
-        at = [line.strip().partition(" line ")[2] for line in said.splitlines() if "checkpointing.py" in line
+        at = [line.strip().partition(" line ")[2] for line in said.splitlines()
+              if "checkpointing.py" in line
               or "merge.py" in line or "generate.py" in line]
         raise Lost(f"a stack trace: {said.strip().splitlines()[-1]} (line {'; '.join(at[-3:])})")
 
@@ -283,14 +296,15 @@ def progress_is_whole(out):
              and re.search(r"^Host: .*\n\Z", text, re.M), "PROGRESS.txt is not whole")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# System calls: killed before, or failing. The job is half done already, so that reading back is hit as well as saving.
+# --------------------------------------------------------------------------------------------------
+# System calls: killed before, or failing. The job is half done already, so that reading back is hit
+# as well as saving.
 
 def half_done(job, out):
     """A directory in which another start has done a part of the work."""
     if job is merge_job:
         out.mkdir()
-        finish(lambda ack: generate_job(ack, "--n", 40, "--every", 10, "--out", out))
+        finish(generate_job, "--n", 40, "--every", 10, "--out", out)
         return
     with child(job, out) as process:
         while len(process.reported()) < 2 and process.poll() is None:
@@ -299,17 +313,19 @@ def half_done(job, out):
 
 
 def traced(job, out, *options):
-    """(exit code, what it reported, what it said, lines of strace) of the job under strace, from its first line on."""
+    """(exit code, what it reported, what it said, lines of strace) of the job under strace."""
     trace = out.parent / "trace"
     gate = os.pipe()
     with child(job, out, gate=gate) as process:
         os.close(gate[0])
-        command = ["strace", "-f", "-y", "-qq", "-s", "0", "-o", trace, "-p", str(process.pid), *options]
-        # Attached, not started by strace: it counts the calls of each thread from here on, so no call of Python's start
-        # is hit in place of one of ours.
+        command = ["strace", "-f", "-y", "-qq", "-s", "0", "-o", trace, "-p", str(process.pid),
+                   *options]
+        # Attached, not started by strace: it counts the calls of each thread from here on, so no
+        # call of Python's start is hit in place of one of ours.
         strace = subprocess.Popen(list(map(str, command)), stderr=subprocess.DEVNULL)
         end = time.monotonic() + HANG
-        while "TracerPid:\t0\n" in Path(f"/proc/{process.pid}/status").read_text() and time.monotonic() < end:
+        status = Path(f"/proc/{process.pid}/status")
+        while "TracerPid:\t0\n" in status.read_text() and time.monotonic() < end:
             time.sleep(0.001)
         time.sleep(0.002)
         os.close(gate[1])
@@ -320,11 +336,12 @@ def traced(job, out, *options):
                 strace.wait(5)
             strace.kill()
             strace.wait()
-        return code, process.reported(), process.said(), trace.read_text(errors="replace").splitlines()
+        lines = trace.read_text(errors="replace").splitlines()
+        return code, process.reported(), process.said(), lines
 
 
 def calls_of(job, base, work):
-    """[(call, how many-th of its kind in its thread, line)] that touch the run directory, from a run that nobody disturbs."""
+    """[(call, how many-th of its kind in its thread, line)] that touch the run directory."""
     out = work / "dry"
     shutil.copytree(base, out)
     _, _, _, lines = traced(job, out, "-e", "trace=%file,%desc")
@@ -340,18 +357,20 @@ def calls_of(job, base, work):
     return sorted({(call, when): (call, when, line) for call, when, line in found}.values())
 
 
-JOBS = {pieces_job: "checkpoint", state_job: "state with retention", stubborn_job: "save tried again", merge_job: "merge"}
+JOBS = {pieces_job: "checkpoint", state_job: "state with retention",
+        stubborn_job: "save tried again", merge_job: "merge"}
 
 
 def system_calls(work, moments, deadline, errors):
-    """Trials for each call of each job: errors None kills, else each error is returned in turn. Yields (what, lost)."""
+    """Trials for each call of each job: an error None kills, another is what the call returns."""
     plans = []
     for job in JOBS:
         base = work / f"base {JOBS[job]}"
         half_done(job, base)
         # lseek never reaches the disk, and cannot fail on a file.
-        plan = [(job, base, call, when, error, line) for call, when, line in calls_of(job, base, work)
-                for error in errors if not error or call != "lseek"]
+        plan = [(job, base, call, when, error, line)
+                for call, when, line in calls_of(job, base, work) for error in errors
+                if not error or call != "lseek"]
         must(len(plan) >= 20, f"{JOBS[job]}: only {len(plan)} calls seen; does strace work?")
         plans += plan
     moments.shuffle(plans)
@@ -399,9 +418,11 @@ def merged_whole(out, undisturbed, must_exist):
     path = out / "dataset.npz"
     must(path.exists() or not must_exist, "merge ended with 0 and there is no data set")
     if path.exists():
-        must(path.read_bytes() == (undisturbed / "dataset.npz").read_bytes(), "the data set is not that of all samples")
+        must(path.read_bytes() == (undisturbed / "dataset.npz").read_bytes(),
+             "the data set is not that of all samples")
     for number, checkpoint in checkpointing.find_checkpoints(undisturbed):
-        must((out / checkpoint.name).read_bytes() == checkpoint.read_bytes(), f"merge has changed {checkpoint.name}")
+        must((out / checkpoint.name).read_bytes() == checkpoint.read_bytes(),
+             f"merge has changed {checkpoint.name}")
 
 
 def kill(work, moments, deadline):
@@ -419,17 +440,18 @@ def order(work, moments, deadline):
     for job in (pieces_job, state_job, merge_job):
         base = work / f"order {JOBS[job]}"
         half_done(job, base)
-        code, _, said, lines = traced(job, base, "-e", "trace=fsync,fdatasync,rename,renameat,renameat2")
+        code, _, said, lines = traced(job, base, "-e",
+                                      "trace=fsync,fdatasync,rename,renameat,renameat2")
         lost, steps = None, []
         for line in lines:
             match = re.match(r"\d+ +(fsync|fdatasync|rename\w*)\((.*)\) += 0", line)
             if not match or "PROGRESS.txt" in line:
                 continue
             names = re.findall(r"[<\"]([^<>\"]+)[>\"]", match[2])
-            place = os.path.basename(names[-1] if match[1].startswith("rename") else names[0]) if names else ""
-            kind = ("record" if "jsonl" in place else "directory" if names and names[-1] == str(base)
+            step, place = "sync" if "sync" in match[1] else "rename", names[-1]
+            kind = ("record" if place.endswith("jsonl") else "directory" if place == str(base)
                     else "settings" if "run.json" in place else "file")
-            steps.append(f"{'rename' if match[1].startswith('rename') else 'sync'} {kind}")
+            steps.append(f"{step} {kind}")
         right = ["sync file", "sync record", "rename file", "sync directory"]
         if job is merge_job:
             right.remove("sync record")
@@ -439,17 +461,20 @@ def order(work, moments, deadline):
             must(saves, f"no file was renamed into its place: {steps}")
             for i in saves:
                 begin = i - right.index("rename file")
-                must(begin >= 0 and steps[begin:begin + len(right)] == right, f"{steps[max(0, begin):i + 2]}, not {right}")
+                must(begin >= 0 and steps[begin:begin + len(right)] == right,
+                     f"{steps[max(0, begin):i + 2]}, not {right}")
         except Lost as broken:
             lost = f"{JOBS[job]}: {broken}"
         yield JOBS[job], lost
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Power cuts: what the file system has not written is thrown away
 
-SHUTDOWN = 0x8004587D   # EXT4_IOC_SHUTDOWN and XFS_IOC_GOINGDOWN; 2 drops the journal too, 1 flushes it and drops data
-FILE_SYSTEMS = {"ext4": ("mkfs.ext4", 32 << 20, ""), "ext4 noauto_da_alloc": ("mkfs.ext4", 32 << 20, ",noauto_da_alloc"),
+# EXT4_IOC_SHUTDOWN and XFS_IOC_GOINGDOWN; 2 drops the journal too, 1 flushes it and drops the data
+SHUTDOWN = 0x8004587D
+FILE_SYSTEMS = {"ext4": ("mkfs.ext4", 32 << 20, ""),
+                "ext4 noauto_da_alloc": ("mkfs.ext4", 32 << 20, ",noauto_da_alloc"),
                 "xfs": ("mkfs.xfs", 320 << 20, "")}
 
 
@@ -467,11 +492,13 @@ class Disk:
         self.mount()
 
     def mount(self):
-        subprocess.run(["mount", "-o", "loop" + self.options, self.image, self.path], check=True, capture_output=True)
+        subprocess.run(["mount", "-o", "loop" + self.options, self.image, self.path], check=True,
+                       capture_output=True)
 
     def unmount(self):
         end = time.monotonic() + HANG
-        while subprocess.run(["umount", self.path], capture_output=True).returncode and time.monotonic() < end:
+        while subprocess.run(["umount", self.path], capture_output=True).returncode:
+            must(time.monotonic() < end, "cannot unmount")
             time.sleep(0.01)
 
     def cut_power(self, flag):
@@ -491,7 +518,8 @@ def endless_state(out, ack):
 def endless_merges(out, ack):
     """Merge again and again, each time to a new name in the same directory."""
     for number in range(10**6):
-        sys.argv = ["merge.py", str(out.parent.parent / "merge source"), "--out", str(out / f"dataset_{number}.npz")]
+        sys.argv = ["merge.py", str(out.parent.parent / "merge source"), "--out",
+                    str(out / f"dataset_{number}.npz")]
         out.mkdir(exist_ok=True)
         merge.main()
         ack(number)
@@ -512,8 +540,8 @@ def power(work, moments, deadline):
     if os.geteuid():
         raise OSError("root (for mount) is needed")
     source = work / "merge source"
-    finish(lambda ack: generate_job(ack, "--n", 400, "--every", 100, "--out", source))
-    finish(lambda ack: merge_job(source, ack))
+    finish(generate_job, "--n", 400, "--every", 100, "--out", source)
+    finish(merge_job, source)
     control_lost, disks = 0, {}
     try:
         for kind in FILE_SYSTEMS:
@@ -529,14 +557,16 @@ def power(work, moments, deadline):
             try:
                 control_lost += one_cut(disks[kind], job, flag, moment, source)
             except Lost as broken:
-                lost = f"{kind}, shutdown {flag}, {job.__name__}, {moment:.4f} s after the first save: {broken}"
+                lost = (f"{kind}, shutdown {flag}, {job.__name__}, {moment:.4f} s after the first "
+                        f"save: {broken}")
             yield kind, lost
     finally:
         for disk in disks.values():
             subprocess.run(["umount", "-l", disk.path], capture_output=True)
     if not control_lost:
         yield "control", "the control without sync lost nothing: these power cuts cut nothing"
-    print(f"(a control without fsync, beside the job, lost files in {control_lost} of {trial} power cuts)", flush=True)
+    print(f"(a control without fsync, beside the job, lost files in {control_lost} of {trial} "
+          "power cuts)", flush=True)
 
 
 def one_cut(disk, job, flag, moment, source):
@@ -548,7 +578,8 @@ def one_cut(disk, job, flag, moment, source):
             time.sleep(0.001)
         time.sleep(moment)
         must(process.poll() is None, f"ended with {process.code}: {process.said()[-300:]}")
-        acked, careless_acked = process.reported(), control.reported()   # before the cut: afterwards xfs reports anything
+        # before the cut: afterwards xfs reports anything
+        acked, careless_acked = process.reported(), control.reported()
         disk.cut_power(flag)
         process.kill()
         control.kill()
@@ -559,9 +590,11 @@ def one_cut(disk, job, flag, moment, source):
     if job is endless_merges:
         right = (source / "dataset.npz").read_bytes()
         for path in out.glob("dataset_*.npz"):
-            must(path.read_bytes() == right, f"{path.name} is not whole: {path.stat().st_size} bytes")
+            must(path.read_bytes() == right,
+                 f"{path.name} is not whole: {path.stat().st_size} bytes")
         for number in acked:
-            must((out / f"dataset_{number}.npz").exists(), f"dataset_{number}.npz was reported as written and is gone")
+            must((out / f"dataset_{number}.npz").exists(),
+                 f"dataset_{number}.npz was reported as written and is gone")
     else:
         nothing_saved_is_gone(pieces_job if job is endless_pieces else state_job, out, acked[-2:])
         with child(job, out) as process:   # it goes on, and leaves when asked
@@ -571,7 +604,8 @@ def one_cut(disk, job, flag, moment, source):
             process.send(signal.SIGTERM)
             code = process.wait()
             must(code == 143, f"the restart ended with {code}: {process.said()[-300:]}")
-            must(process.reported()[0] > (acked[-1] if acked else -1), "the restart did work again that was saved")
+            must(process.reported()[0] > (acked[-1] if acked else -1),
+                 "the restart did work again that was saved")
     must(verified(out), "verify finds something bad")
     nothing_left_behind(out) if job is not endless_merges else None
     shutil.rmtree(out)
@@ -580,7 +614,7 @@ def one_cut(disk, job, flag, moment, source):
     return control_lost
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Rot: bits that flip, sectors that turn to zero, ends that are cut off, in any file there is
 
 def damaged(data, moments):
@@ -596,23 +630,26 @@ def damaged(data, moments):
     return (bad, f"{kind} at {at}") if bad != data else damaged(data, moments)
 
 
+LASTING, CHANGING = (".npz", ".pt", ".txt", ".json"), ("run.json", "PROGRESS.txt")
+
+
 def rot(work, moments, deadline):
     """rot: a bit flipped, a sector zeroed, an end cut off"""
-    jobs = {}
-    for job in (pieces_job, state_job):
-        jobs[job] = work / job.__name__
-        finish(job, jobs[job])
+    jobs = {job: work / job.__name__ for job in (pieces_job, state_job)}
+    for job, out in jobs.items():
+        finish(job, out)
     data_set = work / "generate"
     again = ["--n", 120, "--every", 40, "--out", data_set]
-    finish(lambda ack: generate_job(ack, *again))
-    finish(lambda ack: merge_job(data_set, ack))
+    finish(generate_job, *again)
+    finish(merge_job, data_set)
     model = io.BytesIO()
-    with zipfile.ZipFile(model, "w") as archive:   # as torch.save makes them: a member for each tensor
+    with zipfile.ZipFile(model, "w") as archive:   # as torch.save makes them
         for name in ("data.pkl", "data/0", "data/1", "version"):
             archive.writestr(f"model/{name}", os.urandom(2000))
     (work / "results").mkdir()
     checkpointing.write_sealed(work / "results" / "best_model.pt", model.getvalue(), note="seed 1")
-    checkpointing.write_sealed(work / "results" / "metrics.json", json.dumps({"accuracy": 0.5, "table": [1, 2.5, None]}))
+    checkpointing.write_sealed(work / "results" / "metrics.json",
+                               json.dumps({"accuracy": 0.5, "table": [1, 2.5, None]}))
 
     places = [(directory, path) for directory in [*jobs.values(), data_set, work / "results"]
               for path in sorted(directory.iterdir()) if path.is_file() and path.stat().st_size]
@@ -625,7 +662,7 @@ def rot(work, moments, deadline):
         lost = None
         try:
             path.write_bytes(bad)
-            if path.suffix in (".npz", ".pt", ".txt", ".json") and path.name not in ("run.json", "PROGRESS.txt"):
+            if path.suffix in LASTING and path.name not in CHANGING:
                 must(not verified(directory), "verify calls it whole")
             if directory == work / "results":
                 continue
@@ -641,30 +678,34 @@ def rot(work, moments, deadline):
 
 
 def restart_after_rot(directory, path, keep, jobs, again):
-    """The same command again must give the very bytes back, or say in one line why not and change nothing."""
+    """The same command again gives the very bytes back, or says why not and changes nothing."""
     job = next((job for job, place in jobs.items() if place == directory), None)
-    for step in [job] if job else [lambda out, ack: generate_job(ack, *again), merge_job]:
+    for step in [job] if job else [lambda out, ack: generate_job(*again, ack=ack), merge_job]:
         with child(step, directory) as process:
             code, said = process.wait(), process.said()
         no_stack_trace(said)
         must(code in (0, 1, 2), f"ended with {code}: {said[-300:]}")
         if code:
             must(path.name in said, f"refused without naming {path.name}: {said[-300:]}")
-            no_state_vouched_for = "no checkpoint is good" in said and path.name == "checkpoints.jsonl"
-            must(path.name in ("run.json", "dataset.npz") or no_state_vouched_for, f"could not go on: {said[-300:]}")
-            changed = [name for name, data in keep.items() if name not in (path.name, "PROGRESS.txt", ".lock")
+            may = ("run.json", "dataset.npz")
+            if "no checkpoint is good" in said:   # all records gone: nothing vouches for a state
+                may = ("checkpoints.jsonl",)
+            must(path.name in may, f"could not go on: {said[-300:]}")
+            changed = [name for name, data in keep.items()
+                       if name not in (path.name, "PROGRESS.txt", ".lock")
                        and (directory / name).read_bytes() != data]
             must(not changed, f"refused, and yet changed {changed}")
             return
     for name, right in keep.items():
-        # A state checkpoint other than the newest is no result: it may be set aside, or stay as it is and be seen later.
+        # A state checkpoint other than the newest is no result: it may be set aside, or stay as it
+        # is and be seen later.
         old = job is state_job and name == min(n for n in keep if n.startswith("checkpoint_0"))
-        if name.endswith((".npz", ".txt", ".json")) and name not in ("run.json", "PROGRESS.txt") and not old:
+        if name.endswith(LASTING) and name not in CHANGING and not old:
             must((directory / name).exists(), f"{name} was not made again")
             must((directory / name).read_bytes() == right, f"{name} was altered and is used")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Several starts at once, signals, and histories
 
 def logging_job(out, ack):
@@ -692,7 +733,8 @@ def starts(work, moments, deadline):
         lost = None
         with contextlib.ExitStack() as stack:
             gate = os.pipe()
-            processes = [stack.enter_context(child(logging_job, out, gate=gate)) for _ in range(number)]
+            processes = [stack.enter_context(child(logging_job, out, gate=gate))
+                         for _ in range(number)]
             os.close(gate[0])
             os.close(gate[1])   # the word go, for all of them
             try:
@@ -716,7 +758,8 @@ def signals(work, moments, deadline):
         try:
             code = None
             while code != 0:
-                number = moments.choice([signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGKILL])
+                number = moments.choice([signal.SIGINT, signal.SIGTERM, signal.SIGHUP,
+                                         signal.SIGKILL])
                 moment, twice = moments.uniform(0, 0.1), moments.random() < 0.3
                 story.append(f"{number.name}{' twice' * twice} after {moment:.4f} s")
                 with child(logging_job, out) as process:
@@ -729,8 +772,10 @@ def signals(work, moments, deadline):
                 steps += done
                 must(code in (0, -number, 128 + number), f"ended with {code}: {said[-300:]}")
                 if done and number != signal.SIGKILL:
-                    must(code != -number, f"died of the signal at step {done[-1]} instead of saving")
-                    must(logged_state(out) == done[-1] + 1, f"{done[-1] + 1} steps done, {logged_state(out)} saved")
+                    if code == -number:   # after its last word: the signal is no longer caught
+                        says_complete(out)
+                    must(logged_state(out) == done[-1] + 1,
+                         f"{done[-1] + 1} steps done, {logged_state(out)} saved")
                     no_stack_trace(said)
             must(logged_state(out) == 100 and set(steps) == set(range(100)), "not complete")
             nothing_left_behind(out)
@@ -751,11 +796,12 @@ def histories(work, moments, deadline):
             n = one_history(out, moments, story)
             if n not in known:
                 calm = work / f"undisturbed {n}"
-                finish(lambda ack: generate_job(ack, "--n", n, "--out", calm))
-                finish(lambda ack: merge_job(calm, ack))
+                finish(generate_job, "--n", n, "--out", calm)
+                finish(merge_job, calm)
                 known[n] = (calm / "dataset.npz").read_bytes()
-            finish(lambda ack: merge_job(out, ack))
-            must((out / "dataset.npz").read_bytes() == known[n], "other bytes than those of an undisturbed run")
+            finish(merge_job, out)
+            must((out / "dataset.npz").read_bytes() == known[n],
+                 "other bytes than those of an undisturbed run")
             must(verified(out), "verify finds something bad")
         except Lost as broken:
             lost = f"{'; '.join(story)}: {broken}"
@@ -773,23 +819,25 @@ def one_history(out, moments, story):
         part = moments.choice(parts)
         every = moments.choice([7, 30, 100, 250])
         place = out / f"shard_{part[1].replace('/', '_of_')}" if part else out
-        files = [path for _, path in checkpointing.find_checkpoints(place)] if place.exists() else []
+        files = [path for _, path in checkpointing.find_checkpoints(place)]
         if act in ("kill", "stop", "run"):
             story.append(f"{act} {' '.join(part)} --every {every} --n {n}")
-            with child(lambda ack: generate_job(ack, "--n", n, "--every", every, "--out", out, *part)) as process:
+            with child(generate_job, "--n", n, "--every", every, "--out", out, *part) as process:
                 if act != "run":
                     time.sleep(moments.uniform(0, 0.08))
                     process.send(signal.SIGKILL if act == "kill" else signal.SIGTERM)
                 code = process.wait()
                 must(code in (0, -9, -15, 143) and "Traceback" not in process.said(),
                      f"ended with {code}: {process.said()[-300:]}")
-        elif act == "rot" and len(files) >= 2:   # of the last good one a run rightly says that nothing is left
+        elif act == "rot" and len(files) >= 2:
+            # of the last good one a run rightly says that nothing is left
             path = moments.choice(files)
             bad, how = damaged(path.read_bytes(), moments)
             story.append(f"rot {path.name} {how}")
             path.write_bytes(bad)
         elif act == "lose" and files:
-            path = moments.choice([*files, place / "PROGRESS.txt", place / "checkpoints.jsonl", place / ".lock"])
+            path = moments.choice([*files, place / "PROGRESS.txt", place / "checkpoints.jsonl",
+                                   place / ".lock"])
             story.append(f"lose {path.name}")
             path.unlink(missing_ok=True)
         elif act == "extend" and not shards:
@@ -799,20 +847,23 @@ def one_history(out, moments, story):
         every = moments.choice([30, 100, 250])
         story.append(f"finish {' '.join(part)} --every {every} --n {n}")
         place = out / f"shard_{part[1].replace('/', '_of_')}" if part else out
-        files = [path for _, path in checkpointing.find_checkpoints(place)] if place.exists() else []
-        records = checkpointing.read_records(place) if place.exists() else {}
-        if files and all(checkpointing.problem_with(path, records.get(path.name)) for path in files):
-            with child(lambda ack: generate_job(ack, "--n", n, "--every", every, "--out", out, *part)) as process:
-                must(process.wait() == 1 and "no checkpoint is good" in process.said(), "all are bad, and it started over")
+        files = [path for _, path in checkpointing.find_checkpoints(place)]
+        records = checkpointing.read_records(place)
+        if files and all(checkpointing.problem_with(path, records.get(path.name))
+                         for path in files):
+            with child(generate_job, "--n", n, "--every", every, "--out", out, *part) as process:
+                must(process.wait() == 1 and "no checkpoint is good" in process.said(),
+                     "all are bad, and it started over")
             for path in files:
                 path.unlink()   # as the message says
-        finish(lambda ack: generate_job(ack, "--n", n, "--every", every, "--out", out, *part))
+        finish(generate_job, "--n", n, "--every", every, "--out", out, *part)
     return n
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
-PARTS = {order: 1, kill: 12, fail: 30, power: 22, rot: 12, starts: 4, signals: 7, histories: 12}   # share of the time
+# Each with its share of the time.
+PARTS = {order: 1, kill: 12, fail: 30, power: 22, rot: 12, starts: 4, signals: 7, histories: 12}
 ON = {"data set": "generate.py and merge.py", "state": "state", "control": "control"}
 
 
@@ -826,7 +877,8 @@ def prove(part, seconds, seed):
             counts[0] += 1
             if lost:
                 counts[1] += 1
-                print(f"LOST in {part.__name__} (--part {part.__name__} --seed {seed}): {lost}", flush=True)
+                print(f"LOST in {part.__name__} (--part {part.__name__} --seed {seed}): {lost}",
+                      flush=True)
                 if arguments.first:
                     break
     return tally
@@ -851,7 +903,8 @@ def main():
             return 3
         trials, lost = (sum(counts[i] for counts in tally.values()) for i in (0, 1))
         losses, all_trials = losses + lost, all_trials + trials
-        print(f"({part.__name__}: {trials} trials, {lost} lost, {time.monotonic() - began:.0f} s)", flush=True)
+        print(f"({part.__name__}: {trials} trials, {lost} lost, {time.monotonic() - began:.0f} s)",
+              flush=True)
         on = ", ".join(f"{ON.get(what, what)}{f' {count}' if len(tally) > 1 else ''}"
                        for what, (count, _) in sorted(tally.items()))
         rows.append(f"| {part.__doc__} | {on} | {trials:,} | {lost} |")

@@ -1,4 +1,4 @@
-"""Every example of the README, as it stands there: killed, started again, and compared with the loop before it."""
+"""Every example of the README as it stands: killed, started again, compared with the plain loop."""
 import json
 import os
 import random
@@ -27,7 +27,8 @@ def simulate(i):
     return i * i
 def advance(state):
     time.sleep(0.002)
-    return {{"day": min(1000, state["day"] + 1 + state["day"] % 4), "height": state["height"] * 1.001 + 0.1}}
+    day = state["day"]
+    return {{"day": min(1000, day + 1 + day % 4), "height": state["height"] * 1.001 + 0.1}}
 """
 
 
@@ -68,8 +69,8 @@ def new_lines(code):
 def python(code, directory, **more):
     script = directory / "job.py"   # a file, since multiprocessing may import it
     script.write_text(code)
-    return subprocess.Popen([sys.executable, script], cwd=directory, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                            text=True, **more)
+    return subprocess.Popen([sys.executable, script], cwd=directory, stdout=subprocess.PIPE,
+                            stderr=subprocess.STDOUT, text=True, **more)
 
 
 def output_of(process):
@@ -83,7 +84,7 @@ def newest(out):
 
 
 def killed_twice(code, directory, out, after):
-    """Start it, kill -9 it a random moment after each of these checkpoints, start it again; its last line of output."""
+    """Its last line of output, after a kill -9 a random moment after each of these checkpoints."""
     moments = random.Random(0)
     directory.mkdir()
     for number in after:
@@ -97,14 +98,18 @@ def killed_twice(code, directory, out, after):
 def compare(tmp_path, code, before, tail, out, after):
     assert len(new_lines(code)) <= 8
     (tmp_path / "plain").mkdir()
-    undisturbed = python(PREAMBLE + before + tail, tmp_path / "plain")   # beside the other: both wait for imports
-    assert killed_twice(PREAMBLE + code + tail, tmp_path / "killed", out, after) == output_of(undisturbed)
+    # beside the other: both wait for imports
+    undisturbed = python(PREAMBLE + before + tail, tmp_path / "plain")
+    killed = killed_twice(PREAMBLE + code + tail, tmp_path / "killed", out, after)
+    assert killed == output_of(undisturbed)
     assert read_progress(tmp_path / "killed" / out / "PROGRESS.txt")["Status"] == "COMPLETE"
 
 
+SQUARES = str([i * i for i in range(1000)])
 WEIGHTS = """
 import hashlib
-print(hashlib.sha256(b"".join(p.detach().numpy().tobytes() for p in model.parameters())).hexdigest())
+weights = [p.detach().numpy().tobytes() for p in model.parameters()]
+print(hashlib.sha256(b"".join(weights)).hexdigest())
 """
 
 
@@ -116,8 +121,10 @@ def test_a_pytorch_loop_with_an_epoch_a_step(tmp_path):
 def test_a_pytorch_loop_with_a_checkpoint_by_time_within_an_epoch(tmp_path):
     setup = example("for epoch in run.steps").partition("\nwith ")[0] + "\n"
     code = setup + example("for step in run.steps").replace("max_minutes=5", "max_minutes=0.0005")
-    assert len(new_lines(setup)) == 4   # of those before the `with`, which the second example has too
-    compare(tmp_path, code, plain(code).replace("range(total)", "range(20 * batches)"), WEIGHTS, "training", (300, 1000))
+    # of those before the `with`, which the second example has too
+    assert len(new_lines(setup)) == 4
+    compare(tmp_path, code, plain(code).replace("range(total)", "range(20 * batches)"), WEIGHTS,
+            "training", (300, 1000))
 
 
 def test_a_loop_of_your_own(tmp_path):
@@ -136,21 +143,23 @@ def test_a_function_over_many_items_in_one_line(tmp_path):
         wait_for(lambda: newest(directory / "results") >= number, f"checkpoint {number}")
         time.sleep(moments.uniform(0, 0.1))
         kill(process)
-    assert output_of(python(PREAMBLE + code + tail, directory)) == str([i * i for i in range(1000)])
+    assert output_of(python(PREAMBLE + code + tail, directory)) == SQUARES
     calls = (directory / "calls").read_text().split()
-    assert set(map(int, calls)) == set(range(1000)) and len(calls) < 1400   # at most a checkpoint's worth a kill
-    assert output_of(python(PREAMBLE + code + tail, directory)) == str([i * i for i in range(1000)])
-    assert (directory / "calls").read_text().split() == calls, "all are there already, but some were done again"
+    # at most a checkpoint's worth a kill
+    assert set(map(int, calls)) == set(range(1000)) and len(calls) < 1400
+    assert output_of(python(PREAMBLE + code + tail, directory)) == SQUARES
+    assert (directory / "calls").read_text().split() == calls, "some were done again"
 
 
 def test_map_says_which_item_failed_and_goes_on_there(tmp_path):
-    code = PREAMBLE + "def fails(i):\n    if i == 613:\n        raise ValueError('no such place')\n    return simulate(i)\n"
+    bad = ("good = simulate\ndef simulate(i):\n    if i == 613:\n"
+           "        raise ValueError('no such place')\n    return good(i)\n")
     line = example("checkpointing.map")
-    process = python(code + line.replace("simulate", "fails"), tmp_path)
+    process = python(PREAMBLE + bad + line, tmp_path)
     output = process.communicate(timeout=60)[0]
     assert process.returncode == 1 and "613" in output and "no such place" in output
     assert read_progress(tmp_path / "results" / "PROGRESS.txt")["Progress"].startswith("613/1000 ")
-    assert output_of(python(PREAMBLE + line + "print(values)\n", tmp_path)) == str([i * i for i in range(1000)])
+    assert output_of(python(PREAMBLE + line + "print(values)\n", tmp_path)) == SQUARES
 
 
 @pytest.mark.parametrize("signal_, code", [(signal.SIGINT, 130), (signal.SIGKILL, -9)])
@@ -165,11 +174,11 @@ def test_worker_processes_with_ctrl_c_to_all_of_them(tmp_path, signal_, code):
         assert process.returncode == code, output
         assert "Traceback" not in output
         if signal_ == signal.SIGINT:
-            assert newest(tmp_path / "results") == len(json.loads(find_checkpoints(tmp_path / "results")[-1][1].read_bytes()))
-    output = python(script + "    print(values)\n", tmp_path, start_new_session=True).communicate(timeout=60)[0]
-    assert output.splitlines()[-1] == str([i * i for i in range(1000)])
+            number, path = find_checkpoints(tmp_path / "results")[-1]
+            assert len(json.loads(path.read_bytes())) == number
+    assert output_of(python(script + "    print(values)\n", tmp_path)) == SQUARES
 
 
 def test_the_pool_example_without_its_new_lines_is_the_plain_one(tmp_path):
     code = "values, total = [], 1000\n" + plain(example("pool.imap"))
-    assert output_of(python(PREAMBLE + code + "    print(values)\n", tmp_path)) == str([i * i for i in range(1000)])
+    assert output_of(python(PREAMBLE + code + "    print(values)\n", tmp_path)) == SQUARES

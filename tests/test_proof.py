@@ -1,4 +1,4 @@
-"""The short form of tests/prove.py, in every test run: the machine broken under the library, with a fixed seed."""
+"""The short form of tests/prove.py, in every test run, with a fixed seed."""
 import re
 import subprocess
 import sys
@@ -7,12 +7,14 @@ import pytest
 from conftest import ROOT, missing
 
 SEED = 1
-SECONDS = {"order": 1, "kill": 8, "fail": 12, "power": 12, "rot": 8, "starts": 3, "signals": 6, "histories": 8}
+SECONDS = {"order": 1, "kill": 8, "fail": 12, "power": 12, "rot": 8, "starts": 3, "signals": 6,
+           "histories": 8}
 
 
 def proof(part, seconds, *more):
     """Run one part; the finished process, with its table."""
-    command = [sys.executable, ROOT / "tests" / "prove.py", "--part", part, "--seconds", str(seconds), "--seed", str(SEED)]
+    command = [sys.executable, ROOT / "tests" / "prove.py", "--part", part, "--seconds",
+               str(seconds), "--seed", str(SEED)]
     done = subprocess.run([*command, *more], capture_output=True, text=True, timeout=160)
     if done.returncode == 3:
         missing(done.stderr.strip())
@@ -24,4 +26,5 @@ def test_nothing_is_lost(part):
     done = proof(part, SECONDS[part])
     print(done.stdout)   # the seed and the counts, in pytest's report of a failure
     assert done.returncode == 0, done.stdout + done.stderr
-    assert int(re.search(r"\*\*all\*\* \| \| \*\*([\d,]+)\*\*", done.stdout)[1].replace(",", "")) >= 3
+    trials = re.search(r"\*\*all\*\* \| \| \*\*([\d,]+)\*\*", done.stdout)[1]
+    assert int(trials.replace(",", "")) >= 3

@@ -1,6 +1,7 @@
-"""The README's crontab line and systemd unit: the job goes on by itself after every death, and only then.
+"""The README's crontab line and systemd unit: the job goes on by itself after every death.
 
-Each test runs the very line of README.md as cron would run it: an empty environment but for what cron sets, `sh`, in $HOME.
+Each test runs the very line of README.md as cron would run it: by `sh`, in $HOME, in an environment
+that is empty but for what cron sets.
 """
 import os
 import random
@@ -18,7 +19,8 @@ from conftest import ROOT, need, run, wait_for
 from checkpointing import read_progress, sha256
 
 README = Path(os.environ.get("README", ROOT / "README.md")).read_text()
-LINES = [line for line in re.findall(r"^\*/\d+ \* \* \* \* (.+)$", README, re.M) if "generate.py" in line]
+LINES = [line for line in re.findall(r"^\*/\d+ \* \* \* \* (.+)$", README, re.M)
+         if "generate.py" in line]
 STOP = re.findall(r"^touch .*stop; kill .*$", README, re.M)
 UNITS = re.findall(r"```ini\n(\[Unit\]\n.*?)```", README, re.S)
 
@@ -40,13 +42,16 @@ class Cron:
         self.out, self.log = self.project / "results", self.project / "generate.log"
 
     def tick(self, line=None):
-        """What cron does every five minutes. Returns the process, which is the leader of a session."""
+        """What cron does every five minutes. Returns the process, the leader of a session."""
         line = line or LINES[0]
-        assert not re.search(r"(?<!\\)%", line), "cron takes an unescaped % for the end of the line"
-        # -i: nothing of our own environment; these are the variables that cron(8) sets, and a $TMPDIR to empty.
-        bare = ["env", "-i", f"HOME={self.home}", "LOGNAME=me", "PATH=/usr/bin:/bin", "SHELL=/bin/sh", f"TMPDIR={self.temp}"]
-        return subprocess.Popen([*bare, "/bin/sh", "-c", line.replace("\\%", "%")], cwd=self.home, text=True,
-                                stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)
+        assert not re.search(r"(?<!\\)%", line), "cron takes a % for the end of the line"
+        # -i: nothing of our own environment; these are the variables that cron(8) sets, and a
+        # $TMPDIR to empty.
+        bare = ["env", "-i", f"HOME={self.home}", "LOGNAME=me", "PATH=/usr/bin:/bin",
+                "SHELL=/bin/sh", f"TMPDIR={self.temp}"]
+        return subprocess.Popen([*bare, "/bin/sh", "-c", line.replace("\\%", "%")], cwd=self.home,
+                                stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                                start_new_session=True)
 
     def quiet_tick(self, line=None):
         """A tick that has nothing to do: it says nothing, starts nothing, changes nothing."""
@@ -57,15 +62,16 @@ class Cron:
         return process.returncode
 
     def seen(self):
-        files = {path.name: (path.read_bytes(), path.stat().st_mtime_ns) for path in self.out.iterdir()
-                 if path.name not in ("PROGRESS.txt", "stop")}
+        files = {path.name: (path.read_bytes(), path.stat().st_mtime_ns)
+                 for path in self.out.iterdir() if path.name not in ("PROGRESS.txt", "stop")}
         return files, self.log.read_text(), self.starts.read_text()
 
     def status(self):
         return read_progress(self.out / "PROGRESS.txt").get("Status")
 
     def wait_until_running(self):
-        wait_for(lambda: self.status() == "RUNNING" and list(self.out.glob("checkpoint_*")), "a checkpoint")
+        wait_for(lambda: self.status() == "RUNNING" and list(self.out.glob("checkpoint_*")),
+                 "a checkpoint")
 
 
 def kill_group(process):
@@ -121,7 +127,8 @@ def test_crashes_and_reboots_until_it_is_complete_and_then_silence(cron, undistu
     assert deaths >= 12 and cron.status() == "COMPLETE"
     run("merge.py", cron.out, "--out", cron.home / "dataset.npz")
     assert sha256(cron.home / "dataset.npz") == undisturbed
-    assert "Traceback" not in cron.log.read_text() and "complete" in cron.log.read_text().splitlines()[-1]
+    log = cron.log.read_text()
+    assert "Traceback" not in log and "complete" in log.splitlines()[-1]
     cron.quiet_tick()
 
 
@@ -130,7 +137,8 @@ def test_while_it_runs_cron_is_quiet_also_beside_a_start_by_hand(cron, by_hand):
     line = LINES[0].replace("--n 30000", "--n 10000000")
     if by_hand:
         cron.log.touch()
-        process = subprocess.Popen([cron.project / ".venv/bin/python", "generate.py", "--n", "10000000"], cwd=cron.project,
+        command = [cron.project / ".venv/bin/python", "generate.py", "--n", "10000000"]
+        process = subprocess.Popen(command, cwd=cron.project,
                                    stdout=subprocess.DEVNULL, start_new_session=True)
     else:
         process = cron.tick(line)
@@ -162,14 +170,16 @@ def test_stopped_by_hand_it_stays_stopped_until_it_may_go_on(cron):
     kill_group(process)
 
 
-@pytest.mark.parametrize("more, words", [("--seed 7", "seed was 42, asked 7"), ("--sede 7", "unrecognized arguments"),
+@pytest.mark.parametrize("more, words", [("--seed 7", "seed was 42, asked 7"),
+                                         ("--sede 7", "unrecognized arguments"),
                                          ("--every 0", "--every must be")])
 def test_wrongly_called_it_says_so_in_the_log_and_changes_nothing(cron, more, words):
-    process = cron.tick()
+    line = LINES[0].replace("--n 30000", "--n 10000000")
+    process = cron.tick(line)
     cron.wait_until_running()
     kill_group(process)
     before = {path.name: path.read_bytes() for path in cron.out.iterdir() if path.name != ".lock"}
-    process = cron.tick(LINES[0].replace("--n 30000", f"--n 30000 {more}"))
+    process = cron.tick(line.replace(" >>", f" {more} >>"))
     assert process.communicate(timeout=60)[0] == "" and process.returncode == 2
     assert words in cron.log.read_text().splitlines()[-1]
     after = {path.name: path.read_bytes() for path in cron.out.iterdir() if path.name != ".lock"}
@@ -201,14 +211,16 @@ def test_the_systemd_unit_is_right(tmp_path):
     home = Cron(tmp_path).home
     unit = tmp_path / "generate.service"
     unit.write_text(UNITS[0].replace("%h", str(home)))   # verify looks whether the program is there
-    done = subprocess.run(["systemd-analyze", "verify", "--man=no", unit], capture_output=True, text=True,
+    verify = ["systemd-analyze", "verify", "--man=no", unit]
+    done = subprocess.run(verify, capture_output=True, text=True,
                           env={"PATH": os.environ["PATH"], "HOME": str(home)})
     said = [line for line in (done.stdout + done.stderr).splitlines() if "generate" in line]
     assert done.returncode == 0 and not said, done.stderr
     settings = dict(re.findall(r"^(\w+)=(.*)$", UNITS[0], re.M))
-    assert settings["Restart"] == "on-failure" and settings["RestartPreventExitStatus"].split() == ["2", "75"]
-    assert settings["KillMode"] == "mixed", "or SIGTERM would kill the workers of a pool before the job has saved"
+    assert settings["Restart"] == "on-failure"
+    assert settings["RestartPreventExitStatus"].split() == ["2", "75"]
+    assert settings["KillMode"] == "mixed", "or SIGTERM would kill the workers of a pool at once"
     # The control: a unit with a fault is found.
     unit.write_text(unit.read_text().replace("on-failure", "sometimes"))
-    done = subprocess.run(["systemd-analyze", "verify", "--man=no", unit], capture_output=True, text=True)
+    done = subprocess.run(verify, capture_output=True, text=True)
     assert "sometimes" in done.stderr

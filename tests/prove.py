@@ -135,7 +135,7 @@ class Child:
         os.set_blocking(self.acks, False)
         self.acked = b""
         stops = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-        # until the child is one that can die of them
+        # Not before the child is one that can die of them.
         signal.pthread_sigmask(signal.SIG_BLOCK, stops)
         self.pid = os.fork()
         if self.pid == 0:
@@ -273,8 +273,7 @@ def says_complete(out):
 def no_stack_trace(said):
     if "Traceback" in said:
         at = [line.strip().partition(" line ")[2] for line in said.splitlines()
-              if "checkpointing.py" in line
-              or "merge.py" in line or "generate.py" in line]
+              if re.search("(checkpointing|merge|generate).py", line)]
         raise Lost(f"a stack trace: {said.strip().splitlines()[-1]} (line {'; '.join(at[-3:])})")
 
 
@@ -306,10 +305,16 @@ def half_done(job, out):
         out.mkdir()
         finish(generate_job, "--n", 40, "--every", 10, "--out", out)
         return
-    with child(job, out) as process:
-        while len(process.reported()) < 2 and process.poll() is None:
-            time.sleep(0.0005)
-        process.kill()
+    def killed_after_two(ack):
+        reports = []
+
+        def report(number):
+            reports.append(number)
+            if len(reports) == 2:
+                os.kill(os.getpid(), signal.SIGKILL)
+        job(out, report)
+    with child(killed_after_two) as process:
+        must(process.wait() == -signal.SIGKILL, f"half done: {process.said()[-300:]}")
 
 
 def traced(job, out, *options):
@@ -489,7 +494,10 @@ class Disk:
         if not shutil.which(make):
             raise OSError(f"{make} is not here")
         subprocess.run([make, "-q", self.image], check=True)
-        self.mount()
+        try:
+            self.mount()
+        except subprocess.CalledProcessError as error:
+            raise OSError(f"a loop device is needed ({error.stderr.decode().strip()})") from None
 
     def mount(self):
         subprocess.run(["mount", "-o", "loop" + self.options, self.image, self.path], check=True,
@@ -572,13 +580,15 @@ def power(work, moments, deadline):
 def one_cut(disk, job, flag, moment, source):
     """One power cut. Returns whether the control lost a file."""
     out, beside = disk.path / "run", disk.path / "careless"
+    for left in (out, beside):   # by a trial that was lost
+        shutil.rmtree(left, ignore_errors=True)
     with child(job, out) as process, child(careless, beside) as control:
         end = time.monotonic() + HANG
         while not process.reported() and process.poll() is None and time.monotonic() < end:
             time.sleep(0.001)
         time.sleep(moment)
         must(process.poll() is None, f"ended with {process.code}: {process.said()[-300:]}")
-        # before the cut: afterwards xfs reports anything
+        # What was reported before the cut; afterwards xfs says yes to anything.
         acked, careless_acked = process.reported(), control.reported()
         disk.cut_power(flag)
         process.kill()

@@ -449,8 +449,9 @@ def order(work, moments, deadline):
                                       "trace=fsync,fdatasync,rename,renameat,renameat2")
         lost, steps = None, []
         for line in lines:
-            match = re.match(r"\d+ +(fsync|fdatasync|rename\w*)\((.*)\) += 0", line)
-            if not match or "PROGRESS.txt" in line:
+            line = line.replace("<unfinished ...>", "")   # another thread came between
+            match = re.match(r"\d+ +(fsync|fdatasync|rename\w*)\((.*)", line)
+            if not match or "PROGRESS.txt" in line or " = -1 " in line:
                 continue
             names = re.findall(r"[<\"]([^<>\"]+)[>\"]", match[2])
             step, place = "sync" if "sync" in match[1] else "rename", names[-1]

@@ -102,7 +102,7 @@ class Run:
         self.blame = ""             # what failed, if the job knows it better than the exception
         self._lock = None           # held from __enter__ to __exit__
         self._process = None        # the one that entered; a forked child of it has no say
-        self._begun = False         # from begin() on, files change
+        self.begun = False          # from begin() on, files change
         self._finishing = False     # finish() was called
         self._open_step = None      # (number, write) of the step that the loop's body is in
         self._saved_at = time.monotonic()
@@ -123,7 +123,7 @@ class Run:
         good = self.store.good(newest_only=True, length=lambda path: 0)
         if not good:
             if len(self.store.records) > 1:   # one alone: a kill in the very first save
-                _warn(f"{self.out}: checkpoints were recorded here but none is left; the work "
+                warn(f"{self.out}: checkpoints were recorded here but none is left; the work "
                       "starts over")
             return default
         number, _, path = good[0]
@@ -230,7 +230,7 @@ class Run:
 
     def begin(self):
         """There is work to do: from here on files change. steps() and pieces() call it."""
-        if self._begun:
+        if self.begun:
             return
         self._must_be_ours()
         wanted, free = int((self.total - self.durable) * self.unit_bytes), free_bytes(self.out)
@@ -239,7 +239,7 @@ class Run:
                                   f"{free:,} are free. Make room, then run the same command again")
         self.store.forget_what_is_gone()
         _stop.watch()
-        self._begun = True
+        self.begun = True
         self._saved_at = time.monotonic()
         self.progress.begin()
 
@@ -332,20 +332,20 @@ class Run:
         status = None
         try:
             try:
-                if kind is None and self._begun:
+                if kind is None and self.begun:
                     self._end_early()
             except CheckpointError as trouble:
                 kind, error = CheckpointError, trouble
             status, line, code = self._verdict(kind, error)
-            if status == "COMPLETE" and not self._begun and not self.progress.says_complete():
+            if status == "COMPLETE" and not self.begun and not self.progress.says_complete():
                 self.begin()   # killed between the last checkpoint and the last word
-            if self._begun or (status == "FAILED" and code != WRONG_SETTINGS):
+            if self.begun or (status == "FAILED" and code != WRONG_SETTINGS):
                 self.progress.end(status, line)
             else:
                 self.progress.take_back()
         finally:
             self._lock.release()
-            if self._begun:
+            if self.begun:
                 _stop.unwatch(forget=status != "COMPLETE")
         self._say_the_end(status, kind, error)
         if code is not None:
@@ -364,7 +364,7 @@ class Run:
     def _verdict(self, kind, error):
         """(status, None if nothing happened; the Error line; exit code, None for as it is)"""
         if kind is None or (kind is SystemExit and error.code in (None, 0)):
-            if self._complete() or not self._begun:
+            if self._complete() or not self.begun:
                 return ("COMPLETE" if self._complete() else None), None, None
             return "INTERRUPTED", None, FAILED
         if kind is KeyboardInterrupt:
@@ -382,14 +382,14 @@ class Run:
             _complain(error)
         elif status == "COMPLETE":
             self.log(f"complete: {self.out} has all {self.total} {self.progress.unit}")
-        elif status == "INTERRUPTED" and self._begun:
+        elif status == "INTERRUPTED" and self.begun:
             by = signal.Signals(_stop.last).name if _stop.last else "the program itself"
             self.log(f"stopped by {by}: {saved}; run the same command again to go on")
-        elif status == "FAILED" and self._begun:
+        elif status == "FAILED" and self.begun:
             blame = f" at {self.blame}" if self.blame else ""
             lost = self.done - self.durable
             again = f", {lost} are done again" if lost > 0 else ""
-            _warn(f"{self.out}: failed{blame} with {kind.__name__}: {saved}{again} when the same "
+            warn(f"{self.out}: failed{blame} with {kind.__name__}: {saved}{again} when the same "
                   "command is run again")
 
     def _found(self, done, path):
@@ -919,14 +919,14 @@ class Store:
         except OSError as error:
             raise CheckpointError(f"{path} is bad ({problem}) and cannot be set aside: "
                                   f"{error.strerror}") from error
-        _warn(f"{path}: {problem}. Set aside as {aside.name}; the work it held is done again")
+        warn(f"{path}: {problem}. Set aside as {aside.name}; the work it held is done again")
 
     def warn_of_what_is_gone(self, there):
         # The newest record may stand without its file: a kill between record and rename, no loss.
         # What was set aside has been said.
         for name in list(self.records)[:-1]:
             if name not in there and not os.path.lexists(self.out / f"{name}.corrupt"):
-                _warn(f"{self.out / name} is gone; the work it held is done again")
+                warn(f"{self.out / name} is gone; the work it held is done again")
 
     def add(self, start, stop, content, elapsed, complete=False):
         """Store a checkpoint: its record is durable before it has its name."""
@@ -1121,7 +1121,7 @@ class Progress:
             self._thread.start()
         except RuntimeError as error:
             self._thread = None
-            _warn(f"{self.path}: no heartbeat ({error}); it is written at checkpoints only")
+            warn(f"{self.path}: no heartbeat ({error}); it is written at checkpoints only")
 
     def _stop_thread(self):
         self._wake.set()
@@ -1224,7 +1224,7 @@ class Progress:
         except CheckpointError as trouble:
             if not self._warned:
                 self._warned = True
-                _warn(f"{trouble} (the work goes on; this is said once)")
+                warn(f"{trouble} (the work goes on; this is said once)")
             return False
         finally:
             self._io.release()
@@ -1248,7 +1248,7 @@ class Progress:
                 idle = now - self.moved
                 stalled = idle > max(self.stall_after, 10 * self.longest_wait)
                 if stalled and not self._stalled:
-                    _warn(f"{self.path.parent}: no progress for {idle:.0f} s")
+                    warn(f"{self.path.parent}: no progress for {idle:.0f} s")
                 self._stalled = stalled
                 self.write("STALLED" if stalled else "RUNNING")
                 written = now
@@ -1507,8 +1507,9 @@ os.register_at_fork(before=_stop.before_fork, after_in_parent=_stop.after_fork,
 os.register_at_fork(after_in_child=DirectoryLock.close_in_child)
 
 
-def _warn(message):
-    _stderr.say(f"warning: {message}\n")
+def warn(message):
+    """A line on stderr that never holds up the work."""
+    _stderr.say(f"warning: {_one_line(message)}\n")
 
 
 def _complain(error):

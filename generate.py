@@ -25,6 +25,7 @@ from dataclasses import dataclass
 import numpy as np
 
 import checkpointing
+import report
 
 CLASSES = ("linear", "circular", "helical", "parabolic")   # label = index here = sample index mod 4
 RECIPE = 1               # raise it when a change below changes a byte of any sample
@@ -69,16 +70,22 @@ def main():
         first, stop = settings.n * (part - 1) // parts, settings.n * part // parts
         out = f"{out}/shard_{part}_of_{parts}"
 
-    with checkpointing.Run(out, stop - first, first=first, every=settings.every, suffix=".npz", unit="samples",
-                           title="Dataset generation", settings=settings.decisive(),
-                           may_grow=() if settings.shard else ("n",), unit_bytes=bytes_per_sample(settings),
-                           heartbeat=settings.heartbeat, max_minutes=settings.max_minutes) as run:
-        arrays = None
-        for piece in run.pieces(length=samples_in):
-            arrays = arrays or empty_arrays(settings, min(settings.every, settings.n))   # once: they are our memory
-            for first, last in piece.blocks(max(1, min(BLOCK, BLOCK_BYTES // video_bytes(settings)))):
-                render(settings, first, last, [a[first - piece.start:last - piece.start] for a in arrays.values()])
-            piece.save(npz_bytes({name: a[:piece.done - piece.start] for name, a in arrays.items()}))
+    run = checkpointing.Run(out, stop - first, first=first, every=settings.every, suffix=".npz", unit="samples",
+                            title="Dataset generation", settings=settings.decisive(),
+                            may_grow=() if settings.shard else ("n",), unit_bytes=bytes_per_sample(settings),
+                            heartbeat=settings.heartbeat, max_minutes=settings.max_minutes)
+    try:
+        with run:
+            arrays = None
+            for piece in run.pieces(length=samples_in):
+                arrays = arrays or empty_arrays(settings, min(settings.every, settings.n))   # once: they are our memory
+                for first, last in piece.blocks(max(1, min(BLOCK, BLOCK_BYTES // video_bytes(settings)))):
+                    render(settings, first, last, [a[first - piece.start:last - piece.start] for a in arrays.values()])
+                piece.save(npz_bytes({name: a[:piece.done - piece.start] for name, a in arrays.items()}))
+                report.refresh(out)
+    finally:
+        if run.begun:   # after the run's last word, which the page shows
+            report.refresh(out, force=True)
 
 
 def problem_with(settings):

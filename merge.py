@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 
 import checkpointing
+import report
 from checkpointing import CheckpointError
 
 CLASSES = ("linear", "circular", "helical", "parabolic")
@@ -48,6 +49,7 @@ def merge(runs, out, partial):
     out.parent.mkdir(parents=True, exist_ok=True)
     checkpointing.sweep(out.parent)
     checkpointing.write_sealed(out, lambda file: write_data_set(file, parts, counts), note=made_by)
+    report.refresh(out.parent, force=True)
 
     tell = checkpointing.tell
     tell(f"{out}: {total} samples from {len(parts)} checkpoints, {os.path.getsize(out):,} bytes")

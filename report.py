@@ -177,17 +177,10 @@ def refresh(directory, least_seconds=30.0, force=False):
     except Exception as error:
         if str(directory) not in _warned:
             _warned.add(str(directory))
-            warn(f"the page of {directory} was not made: {words_of(error)} (the work goes on; this "
+            checkpointing.warn(f"the page of {directory} was not made: {words_of(error)} (the work goes on; this "
                  "is said once)")
     now = time.monotonic()
     _next = max(began + least_seconds, now + 100 * (now - began))
-
-
-def warn(message):
-    try:
-        print("warning: " + one_line(message), file=sys.stderr, flush=True)
-    except (OSError, ValueError, AttributeError):   # a closed log must not end the work
-        pass
 
 
 def top_of(directory):

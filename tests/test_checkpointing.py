@@ -725,21 +725,15 @@ def test_verify_reads_every_checkpoint_and_names_the_bad_ones(tmp_path):
     assert f"BAD {tmp_path / 'a' / 'checkpoint_00010.json'}" in done.stdout and "best.pt" in done.stdout
 
 
-EXAMPLES = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
-
-
-def test_the_first_readme_example_needs_six_new_lines_or_fewer():
-    before, after = (example.splitlines() for example in EXAMPLES[:2])
-    added = [line for line in after if line.strip() and line.strip() not in [old.strip() for old in before]]
-    assert len(added) <= 6
+EXAMPLE = next(code for code in re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+               if "values.append(simulate(i))" in code and "run.steps" in code)
 
 
 @pytest.mark.parametrize("version", interpreters())
 def test_the_readme_example_killed_and_restarted_gives_what_the_loop_before_it_gave(tmp_path, version):
     python = interpreters()[version]
     preamble = f"import sys, time\nsys.path.insert(0, {str(ROOT)!r})\ndef simulate(i):\n    time.sleep(%s)\n    return i * i\n"
-    before, after = EXAMPLES[:2]
-    plain = subprocess.run([python, "-I", "-c", preamble % 0 + before + "print(values)"], capture_output=True, text=True)
+    after = EXAMPLE
     process = subprocess.Popen([python, "-I", "-S", "-c", preamble % 0.002 + after], cwd=tmp_path, stdout=subprocess.PIPE,
                                stderr=subprocess.STDOUT)
     out = tmp_path / "results"
@@ -749,18 +743,8 @@ def test_the_readme_example_killed_and_restarted_gives_what_the_loop_before_it_g
                                     text=True).stdout
     again = subprocess.run([python, "-I", "-S", "-c", preamble % 0 + after], cwd=tmp_path, capture_output=True, text=True)
     assert again.returncode == 0, again.stderr
-    assert str(values_in(out)) == plain.stdout.strip()
+    assert values_in(out) == expected(1000)
     assert subprocess.run([python, "-I", "-S", ROOT / "checkpointing.py", "verify", out]).returncode == 0
-
-
-def test_the_second_readme_example_renders_1000_videos_with_a_checkpoint_each_100(tmp_path):
-    preamble = (f"import sys\nsys.path.insert(0, {str(ROOT)!r})\n"
-                "def render(i):\n    import numpy as np\n    return np.full((2, 3), i)\n")
-    subprocess.run([sys.executable, "-c", preamble + EXAMPLES[2]], cwd=tmp_path, check=True, capture_output=True)
-    import numpy as np
-    found = find_checkpoints(tmp_path / "videos")
-    assert [n for n, _ in found] == list(range(0, 1000, 100))
-    assert np.concatenate([np.load(path)["frames"] for _, path in found])[:, 0, 0].tolist() == list(range(1000))
 
 
 def test_it_imports_nothing_beyond_the_standard_library():

@@ -382,6 +382,8 @@ class Run:
             _complain(error)
         elif status == "COMPLETE":
             self.log(f"complete: {self.out} has all {self.total} {self.progress.unit}")
+        elif kind is KeyboardInterrupt and not self.begun:
+            _complain("stopped by Ctrl-C before the work began; nothing was changed")
         elif status == "INTERRUPTED" and self.begun:
             by = signal.Signals(_stop.last).name if _stop.last else "the program itself"
             self.log(f"stopped by {by}: {saved}; run the same command again to go on")
@@ -1398,20 +1400,22 @@ class _Stop:
         self.at, self.users, self.before = 0.0, 0, {}
 
     def watch(self):
+        if threading.current_thread() is not threading.main_thread():
+            return   # handlers can only be set there
         self.users += 1
         self.last = self.number
-        if self.users == 1 and threading.current_thread() is threading.main_thread():
+        if self.users == 1:
             for number in self.NUMBERS:
                 if signal.getsignal(number) is not signal.SIG_IGN:   # nohup ignores SIGHUP
                     self.before[number] = signal.signal(number, self._ask)
 
     def unwatch(self, forget):
         """Put back what was there. A signal too late to stop this run is kept for the next one."""
-        self.users -= 1
-        if self.users == 0:
-            self._put_back()
-            if forget:
-                self.number = None
+        if threading.current_thread() is threading.main_thread():
+            self.users -= 1
+            if self.users == 0:
+                self._put_back()
+                self.number = None if forget else self.number
 
     def _put_back(self):
         for number, handler in self.before.items():

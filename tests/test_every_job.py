@@ -378,6 +378,35 @@ def test_a_run_shows_while_it_is_still_loading_and_a_refusal_takes_that_back(tmp
     assert progress.read_bytes() == complete
 
 
+def test_a_run_in_a_thread_does_not_take_the_signals_from_one_in_the_main_thread(tmp_path):
+    code = """
+import threading
+def state(file): file.write(b"x")
+def other():
+    with checkpointing.Run(out + "/other", 300, every=1000) as run:
+        for i in run.steps(state): time.sleep(0.01)
+thread = threading.Thread(target=other)
+thread.start()
+time.sleep(0.3)
+with checkpointing.Run(out, 1000, every=1000) as run:
+    for i in run.steps(state):
+        time.sleep(0.01)
+        if i == 5: os.kill(os.getpid(), signal.SIGTERM)
+"""
+    finish(job(tmp_path, code), code=143)
+    assert [n for n, _ in find_checkpoints(tmp_path / "out")] == [6]
+
+
+def test_ctrl_c_before_the_work_begins_is_one_line(tmp_path):
+    process = subprocess.Popen([sys.executable, job(tmp_path, OWN)], env={**os.environ, "LOADING": "30"},
+                               stderr=subprocess.PIPE, text=True)
+    wait_for(lambda: (tmp_path / "out" / "PROGRESS.txt").exists(), "its announcement")
+    process.send_signal(signal.SIGINT)
+    errors = process.communicate(timeout=10)[1]
+    assert process.returncode == 130 and errors.count("\n") == 1 and "before the work began" in errors, errors
+    assert not (tmp_path / "out" / "PROGRESS.txt").exists()
+
+
 # -- the lock
 
 

@@ -198,7 +198,9 @@ def test_the_recipe_for_a_pool_survives_ctrl_c_in_the_terminal(tmp_path):
     stops = 0
     while True:
         process = subprocess.Popen([sys.executable, path], start_new_session=True, stderr=subprocess.PIPE, text=True)
-        time.sleep(0.6)
+        here = lambda: read_progress(tmp_path / "out" / "PROGRESS.txt").get("PID") == str(process.pid)   # noqa: E731, B023
+        wait_for(here, "the work")
+        time.sleep(0.5)
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGINT)
         errors = process.communicate(timeout=30)[1]

@@ -206,6 +206,8 @@ def test_the_recipe_for_a_pool_survives_ctrl_c_in_the_terminal(tmp_path):
         errors = process.communicate(timeout=30)[1]
         if process.returncode == 0:
             break
+        if process.returncode == -2 and not errors:   # it was over, and Python itself was ending
+            continue
         assert process.returncode == 130 and "Traceback" not in errors, errors
         assert errors.count("Ctrl-C again ends at once") == 1
         stops += 1

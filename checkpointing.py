@@ -86,7 +86,8 @@ class Run:
          given by plan() inside the block, while PROGRESS.txt already shows the run.
     finish() ends any of them early and complete. Errors of the user or the machine end the process
     with one line on stderr and the exit code of the docstring above. Leaving the block before the
-    end, by break or return, saves (the step that breaks counts as done) and ends with exit code 1.
+    end, by break or return, saves and ends with exit code 1; the step that breaks counts as done,
+    so an exception that you want to survive must be caught inside its step.
     """
 
     def __init__(self, out, total=None, *, every=100, suffix=".bin", title="Job", unit="steps",
@@ -94,7 +95,8 @@ class Run:
                  stall_after=300, keep=3):
         if min(1 if total is None else total, every, keep) < 1 or min(max_minutes, heartbeat) <= 0:
             raise ValueError("total, every, keep, max_minutes and heartbeat must be positive")
-        self.out, self.every, self.first, self.keep = Path(out), int(every), first, keep
+        self.out = Path(out).absolute()   # the job may change its directory
+        self.every, self.first, self.keep = int(every), first, keep
         self.settings, self.may_grow, self.unit_bytes = dict(settings or {}), may_grow, unit_bytes
         self.max_seconds = max_minutes * 60
         self.store = Store(self.out, suffix)
@@ -105,6 +107,7 @@ class Run:
         self.begun = False          # from begin() on, files change
         self._finishing = False     # finish() was called
         self._open_step = None      # (number, write) of the step that the loop's body is in
+        self._run_json = None       # what run.json is to say, if it does not yet
         self._saved_at = time.monotonic()
 
     total = property(lambda self: self.progress.total)
@@ -142,7 +145,9 @@ class Run:
         workers that ignore SIGINT: Pool(initializer=signal.signal, initargs=(SIGINT, SIG_IGN)).
         """
         self.begin()
-        self._close_open_step()
+        if self._open_step:
+            raise RuntimeError(f"step {self.done} was left by break or by an exception, so whether it "
+                               "is done cannot be known: catch exceptions inside the step")
         return self._steps(write)
 
     def _steps(self, write):
@@ -160,7 +165,7 @@ class Run:
             untried = False
 
     def _close_open_step(self):
-        """Save what a loop left by break has done; the step it stood in counts."""
+        """Save what a loop left by break has done; the step it stood in counts as done."""
         if self._open_step:
             (number, write), self._open_step = self._open_step, None
             self.update(number)
@@ -174,12 +179,11 @@ class Run:
         A Piece is iterated (or its blocks() are), then saved. length(path) says how many units a
         checkpoint holds whose record was lost; without it such a file is set aside.
         """
-        todo = self._uncovered(length)
-        if todo:
-            self.begin()
-        return self._pieces(todo)
+        return self._pieces(self._uncovered(length))
 
     def _pieces(self, todo):
+        if todo:
+            self.begin()
         for start, stop in todo:
             while start < stop and not self._finishing:
                 self.leave_if_asked()
@@ -226,7 +230,8 @@ class Run:
         if settings is not None:
             self.settings = dict(settings)
         bind = bool(find_checkpoints(self.out))   # before the first checkpoint nothing binds
-        self.progress.id = compare_settings(self.out, self.settings, self.may_grow, bind)
+        self.progress.id, self._run_json = compare_settings(self.out, self.settings, self.may_grow,
+                                                            bind)
 
     def begin(self):
         """There is work to do: from here on files change. steps() and pieces() call it."""
@@ -237,6 +242,8 @@ class Run:
         if 0 <= free < wanted:
             raise CheckpointError(f"{self.out}: this run needs about {wanted:,} bytes more, "
                                   f"{free:,} are free. Make room, then run the same command again")
+        if self._run_json:
+            write_atomic(self.out / "run.json", self._run_json)
         self.store.forget_what_is_gone()
         _stop.watch()
         self.begun = True
@@ -355,6 +362,9 @@ class Run:
         """The block was left without an error: save what break cut short, and seal finish()."""
         self._close_open_step()
         if self._finishing and not self._complete():
+            if self.done > self.durable:
+                raise CheckpointError(f"{self.out}: finish() came, but {self.done - self.durable} "
+                                      f"{self.progress.unit} were not saved: save, then leave")
             self.store.mark_complete()
             self.progress.total = self.durable
 
@@ -417,6 +427,7 @@ class Piece:
     def __init__(self, run, start, stop):
         self.run, self.start, self.stop = run, start, stop
         self.done = self.saved = start   # how far the work got, how far it is saved
+        self._asked = start              # the end of the block that the loop's body is in
         self._base = run.done - start    # progress counts work, not places: there may be gaps
 
     def __iter__(self):
@@ -426,13 +437,23 @@ class Piece:
     def blocks(self, size):
         """(first, last + 1) of stretches of at most `size` units."""
         while self.done < self.stop and not (self.done > self.start and self.run.due()):
-            last = min(self.done + size, self.stop)
-            yield self.done, last
-            self.done = last
-            self.run.update(self._base + last)
+            self._asked = min(self.done + size, self.stop)
+            yield self.done, self._asked
+            self._did(self._asked)
 
-    def save(self, content):
-        """Store what was done as a checkpoint: str, bytes or a function of an open file."""
+    def _did(self, stop):
+        self.done = stop
+        self.run.update(self._base + stop)
+
+    def save(self, content, stop=None):
+        """Store what was done as a checkpoint: str, bytes or a function of an open file.
+
+        A unit or block that was left by break counts as done. stop: the end of what `content`
+        holds, if that is less than the iteration asked for.
+        """
+        stop = self._asked if stop is None else stop
+        if stop != self.done:
+            self._did(stop)
         if self.done > self.start:
             durable = self.run.durable + self.done - self.start
             self.run._save(self.start, self.done, durable, content)
@@ -448,6 +469,7 @@ def map(function, items, out, *, every=1000, **options):
     An item that fails is named, what was done is saved, and its exception goes on.
     """
     items, lines = list(items), []
+    texts = [_as_json(item) for item in items]   # now: the function may change an item
     if not items:
         return []
     name = getattr(function, "__qualname__", type(function).__name__)
@@ -455,28 +477,29 @@ def map(function, items, out, *, every=1000, **options):
              settings={"function": name, "items": len(items), **options.pop("settings", {})},
              may_grow=("items",), **options) as run:
         todo = run.pieces()
-        _kept_values(run.store, items)   # other items are refused before they are worked on
+        _kept_values(run.store, texts)   # other items are refused before they are worked on
         for piece in todo:
             lines.clear()
             try:
                 for i in piece:
-                    line = {"item": _as_json(items[i]), "value": function(items[i])}
-                    lines.append(json.dumps(line) + "\n")
+                    value = json.dumps(function(items[i]))
+                    lines.append(f'{{"item": {texts[i]}, "value": {value}}}\n')
             except Exception:
-                piece.save("".join(lines))
+                piece.save("".join(lines), stop=piece.start + len(lines))
                 run.blame = f"item {i} ({_one_line(repr(items[i]))[:80]})"
                 raise
             piece.save("".join(lines))
-        return _kept_values(run.store, items)
+        return _kept_values(run.store, texts)
 
 
-def _kept_values(store, items):
+def _kept_values(store, texts):
     values = []
     for number, path in store.found():
         for i, line in enumerate(path.read_bytes().splitlines(), number):
             kept = json.loads(line)
-            if i >= len(items) or kept["item"] != _as_json(items[i]):
-                raise CheckpointError(f"{path}: item {i} was {json.dumps(kept['item'])} when this "
+            was = json.dumps(kept["item"], sort_keys=True)
+            if i >= len(texts) or was != texts[i]:
+                raise CheckpointError(f"{path}: item {i} was {was} when this "
                                       "was made, and is another one now. Nothing was changed; "
                                       "bring back the old ones or use another directory",
                                       WRONG_SETTINGS)
@@ -486,9 +509,9 @@ def _kept_values(store, items):
 
 def _as_json(item):
     try:
-        return json.loads(json.dumps(item))
+        return json.dumps(json.loads(json.dumps(item)), sort_keys=True)
     except (TypeError, ValueError, RecursionError):
-        return None
+        return "null"
 
 
 # ------------------------------------------------------------------------------------------------
@@ -652,9 +675,8 @@ def open_regular(path):
 # carries its own, so that it can be checked alone, on any copy, taken at any moment.
 
 SEAL = b"sha256:"
-SEALED = re.compile(rb"sha256:([0-9a-f]{64})")
-LIKE_A_SEAL = re.compile(rb"sha256:|[0-9a-f]{20}")   # one flipped bit cannot spoil both
-SEAL_WITHIN = 100                                    # the last bytes of a file
+# What follows its 64 digits: in a zip, in a JSON object, in one that has lost its last byte.
+BEHIND_SEAL = (b"", b'"\n}\n', b'"\n}')
 
 
 def write_sealed(path, content, note=""):
@@ -743,15 +765,15 @@ def problem_with(path, record=None):
                 return None if _sha256(file) == record["sha256"] else "checksum differs"
             if size == 0:
                 return "empty"
-            file.seek(max(0, size - SEAL_WITHIN))
+            file.seek(max(0, size - 100))
             tail = file.read()
-            if not LIKE_A_SEAL.search(tail):
-                return _problem_of_unsealed(file, size)
-            seals = list(SEALED.finditer(tail))
-            if not seals:
-                return "its seal is damaged"
-            digest = _sha256(file, size - len(tail) + seals[-1].start(1))
-            return None if digest.encode() == seals[-1][1] else "checksum differs"
+            for behind in BEHIND_SEAL:
+                at = len(tail) - len(behind) - 64
+                tag, digits = tail[max(0, at - len(SEAL)):at], tail[at:at + 64]
+                if sum(a == b for a, b in zip(tag, SEAL)) >= 6:   # a damaged one is one, too
+                    good = tag == SEAL and digits == _sha256(file, size - len(tail) + at).encode()
+                    return None if good else "checksum differs"
+            return _problem_of_unsealed(file, size)
     except (OSError, MemoryError) as error:
         raise _unreadable(path, error) from error
 
@@ -1014,7 +1036,7 @@ class Store:
 
 
 def compare_settings(out, settings, may_grow, bind):
-    """The run's id, kept in run.json with its settings; other ones are refused if `bind`."""
+    """(the run's id, run.json's new text or None); other settings are refused if `bind`."""
     path = out / "run.json"
     asked = json.loads(json.dumps(settings))
     try:
@@ -1026,25 +1048,24 @@ def compare_settings(out, settings, may_grow, bind):
             raise CheckpointError(f"{path} is missing, so the settings of the checkpoints beside "
                                   "it are unknown. Nothing was changed; bring it back or use "
                                   "another directory") from None
-        before, run_id = {}, os.urandom(3).hex()
+        before, run_id = None, os.urandom(3).hex()
     except (OSError, ValueError, KeyError, TypeError, RecursionError, MemoryError) as error:
         raise CheckpointError(f"{path} cannot be read ({_one_line(error)}). Nothing was changed; "
                               "bring back a good copy or use another directory") from error
     differ = []
-    for key in sorted(before.keys() | asked.keys()) if bind else ():
+    for key in sorted((before or {}).keys() | asked.keys()) if bind else ():
         old, new = before.get(key, "absent"), asked.get(key, "absent")
         if key in may_grow and isinstance(old, int) and isinstance(new, int):
             if new < old:
                 differ.append(f"{key} was {old}, asked {new} (it may only grow)")
-        elif old != new:
+        elif json.dumps(old, sort_keys=True) != json.dumps(new, sort_keys=True):   # NaN is NaN
             differ.append(f"{key} was {json.dumps(old)}, asked {json.dumps(new)}")
     if differ:
         raise CheckpointError(f"{path}: this run was started with other settings: "
                               f"{'; '.join(differ)}. Nothing was changed; ask for the old settings "
                               "or use another directory", WRONG_SETTINGS)
-    if before != asked or not path.exists():
-        write_atomic(path, json.dumps({"run": run_id, "settings": asked}, indent=1) + "\n")
-    return run_id
+    new = json.dumps({"run": run_id, "settings": asked}, indent=1) + "\n"
+    return run_id, None if before == asked else new
 
 
 # ------------------------------------------------------------------------------------------------

@@ -876,3 +876,83 @@ def test_errors_reach_people_as_one_line_with_their_code(tmp_path):
         problem_with(tmp_path)
     assert "not a regular file" in str(error.value)
     assert Path(tmp_path).exists()
+
+
+# -- what a tester with fresh eyes found
+
+
+def test_a_refusal_that_says_nothing_was_changed_is_true_for_may_grow_too(tmp_path, capsys):
+    checkpointing.map(str, range(10), tmp_path, every=5)
+    with pytest.raises(SystemExit):
+        checkpointing.map(str, range(100, 120), tmp_path, every=5)
+    assert "item 0 was 0" in capsys.readouterr().err
+    assert checkpointing.map(str, range(10), tmp_path, every=5) == [str(i) for i in range(10)]
+
+
+def test_a_job_that_changes_its_directory_keeps_its_own(tmp_path):
+    code = """
+os.makedirs("elsewhere/results")
+with checkpointing.Run("results", 20, every=5, suffix=".json") as run:
+    for i in run.steps(lambda file: file.write(b"[]")):
+        if i == 7: os.chdir("elsewhere")
+"""
+    finish(job(tmp_path, code), cwd=tmp_path)
+    assert [n for n, _ in find_checkpoints(tmp_path / "results")] == [10, 15, 20]
+    assert not list((tmp_path / "elsewhere" / "results").iterdir())
+
+
+def test_map_takes_items_that_its_function_changes_and_nan(tmp_path):
+    def first(values):
+        values.sort()
+        return values[0]
+    for _ in range(2):
+        assert checkpointing.map(first, [[3, 1], [2, 1], [float("nan")]], tmp_path)[:2] == [1, 1]
+
+
+def test_finish_with_unsaved_work_is_refused_not_called_complete(tmp_path):
+    code = """
+with checkpointing.Run(out, 1000) as run:
+    run.begin()
+    run.save(5, "x")
+    run.update(8)
+    run.finish()
+"""
+    assert "3 steps were not saved" in finish(job(tmp_path, code), code=1).stderr
+    assert read_progress(tmp_path / "out" / "PROGRESS.txt")["Status"] == "FAILED"
+
+
+def test_a_git_commit_in_the_settings_is_no_damaged_seal(tmp_path):
+    settings = {"commit": "0123456789abcdef0123456789abcdef01234567", "data": "sha256:" + "0" * 64}
+    with Run(tmp_path, 1, settings=settings) as job_:
+        for _ in job_.steps(lambda file: file.write(b"x")):
+            pass
+    assert checkpointing.verify([tmp_path]) == 0
+
+
+def test_a_step_that_an_exception_left_is_never_skipped_in_silence(tmp_path):
+    with pytest.raises(RuntimeError, match="step 3 was left"), Run(tmp_path, 10, every=1) as job_:
+        for _ in range(2):
+            try:
+                for i in job_.steps(lambda file: file.write(b"x")):
+                    if i == 3:
+                        raise ConnectionError
+            except ConnectionError:
+                pass
+    assert [n for n, _ in find_checkpoints(tmp_path)] == [1, 2, 3]
+
+
+@pytest.mark.parametrize("loop", ["for i in piece:\n            lines.append(i)\n            if i == 5 and fresh: break",
+                                  "for value, i in zip(iter(range(piece.start, piece.stop)), piece): lines.append(i)"])
+def test_the_unit_in_which_a_piece_is_left_is_in_its_record(tmp_path, loop):
+    code = f"""
+fresh = not os.path.exists(out)
+with checkpointing.Run(out, 30, every=10, suffix=".json") as run:
+    for piece in run.pieces():
+        lines = []
+        {loop}
+        piece.save(json.dumps(lines))
+"""
+    finish(job(tmp_path, code))
+    finish(tmp_path / "job.py")
+    kept = [i for _, path in find_checkpoints(tmp_path / "out") for i in json.loads(path.read_bytes())]
+    assert kept == list(range(30))

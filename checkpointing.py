@@ -130,6 +130,8 @@ class Run:
                       "starts over")
             return default
         number, _, path = good[0]
+        if self.store.records.get(path.name, {}).get("complete"):
+            self.progress.total = number   # finish() has said so
         self._found(number, path)
         try:
             with open(path, "rb") as file:
@@ -146,8 +148,8 @@ class Run:
         """
         self.begin()
         if self._open_step:
-            raise RuntimeError(f"step {self.done} was left by break or by an exception, so whether it "
-                               "is done cannot be known: catch exceptions inside the step")
+            raise RuntimeError(f"step {self.done} was left by break or by an exception, so whether "
+                               "it is done cannot be known: catch exceptions inside the step")
         return self._steps(write)
 
     def _steps(self, write):
@@ -199,6 +201,8 @@ class Run:
         """[(start, stop)] that no good checkpoint holds, cut where an undisturbed run would cut."""
         good = self.store.good(length=length)
         self.store.warn_of_what_is_gone({path.name for _, _, path in good})
+        if any(self.store.records.get(path.name, {}).get("complete") for _, _, path in good):
+            self.progress.total = good[-1][1] - self.first   # finish() has said so
         at, end, gaps = self.first, self.first + self.total, []
         for start, stop, path in good:
             if start < at or stop > end:
@@ -209,8 +213,7 @@ class Run:
             at = stop
         held = sum(stop - start for start, stop, _ in good)
         self._found(held, good[-1][2] if good else None)
-        if held < self.total:   # also less than `end` if finish() has said so
-            gaps.append((at, end))
+        gaps.append((at, end))
         todo = []
         for at, stop in gaps:
             while at < stop:
@@ -245,7 +248,7 @@ class Run:
         if self._run_json:
             write_atomic(self.out / "run.json", self._run_json)
         self.store.forget_what_is_gone()
-        _stop.watch()
+        _stop.watch(self)
         self.begun = True
         self._saved_at = time.monotonic()
         self.progress.begin()
@@ -336,10 +339,12 @@ class Run:
     def __exit__(self, kind, error, trace):
         if os.getpid() != self._process:
             return   # a forked child leaves its copy of the block: the run is its parent's
-        status = None
+        if sys.is_finalizing():   # a generator held the run: Python can do no more, as in a kill
+            self._lock.release()
+            return
         try:
             try:
-                if kind is None and self.begun:
+                if kind in (None, GeneratorExit) and self.begun:
                     self._end_early()
             except CheckpointError as trouble:
                 kind, error = CheckpointError, trouble
@@ -352,8 +357,7 @@ class Run:
                 self.progress.take_back()
         finally:
             self._lock.release()
-            if self.begun:
-                _stop.unwatch(forget=status != "COMPLETE")
+            _stop.unwatch(self)
         self._say_the_end(status, kind, error)
         if code is not None:
             raise SystemExit(code) from None
@@ -373,12 +377,15 @@ class Run:
 
     def _verdict(self, kind, error):
         """(status, None if nothing happened; the Error line; exit code, None for as it is)"""
-        if kind is None or (kind is SystemExit and error.code in (None, 0)):
-            if self._complete() or not self.begun:
-                return ("COMPLETE" if self._complete() else None), None, None
-            return "INTERRUPTED", None, FAILED
         if kind is KeyboardInterrupt:
-            return "INTERRUPTED", None, 128 + signal.SIGINT
+            return ("COMPLETE" if self._complete() else "INTERRUPTED"), None, 128 + signal.SIGINT
+        if kind in (None, GeneratorExit, SystemExit) and self._complete():
+            late = kind is None and _stop.number   # too late to stop the run, not what comes after
+            return "COMPLETE", None, 128 + _stop.number if late else None
+        if kind in (None, GeneratorExit) or kind is SystemExit and error.code in (None, 0):
+            if not self.begun:
+                return None, None, None
+            return "INTERRUPTED", None, None if kind is GeneratorExit else FAILED
         if kind is SystemExit and error.code in (129, 130, 143):
             return "INTERRUPTED", None, None
         if kind is CheckpointError:
@@ -406,8 +413,6 @@ class Run:
 
     def _found(self, done, path):
         """Where the work stands, from the checkpoints on the disk."""
-        if path and self.store.records.get(path.name, {}).get("complete"):
-            self.progress.total = done
         if done > self.total:
             raise CheckpointError(f"{path}: {done} {self.progress.unit} are done here already, "
                                   f"more than the {self.total} asked for. Nothing was changed; ask "
@@ -1088,7 +1093,6 @@ class Progress:
         self.expected = None                # (seconds, when it was said) of expect()
         self._old = self._thread = None     # the bytes before announce(); the heartbeat
         self._bar = self._warned = self._stalled = self._stuck = False
-        self._buffering = None              # (stdout, its line_buffering), to be put back
         self._io, self._wake = threading.RLock(), threading.Event()
 
     def remember(self, records):
@@ -1125,10 +1129,8 @@ class Progress:
                     self.path.unlink()
 
     def begin(self):
-        if hasattr(sys.stdout, "reconfigure"):   # a log is readable as it grows
-            self._buffering = sys.stdout, sys.stdout.line_buffering
-            sys.stdout.reconfigure(line_buffering=True)
-        self._bar = sys.stdout is not None and sys.stdout.isatty()
+        with contextlib.suppress(AttributeError, ValueError):   # none, or a stand-in for it
+            self._bar = sys.stdout.isatty()
         self.began = self.moved = time.monotonic()
         self.done_at_start = self.done
         self._reserve(True)
@@ -1163,9 +1165,6 @@ class Progress:
             last.join(timeout=10)
         except RuntimeError:
             self.write(status, error)
-        if self._buffering:
-            with contextlib.suppress(OSError, ValueError):
-                self._buffering[0].reconfigure(line_buffering=self._buffering[1])
 
     def _reserve(self, hold):
         """A few blocks kept back, so that a full disk still takes the PROGRESS.txt that says so."""
@@ -1306,7 +1305,10 @@ def read_progress(path):
 
 
 def _one_line(value):
-    return "".join(c if c.isprintable() else " " for c in str(value))[:1000]
+    try:
+        return "".join(c if c.isprintable() else " " for c in str(value)[:1000])
+    except Exception:   # a job's own object; the heartbeat goes on
+        return "?"
 
 
 def _utc(seconds):
@@ -1416,35 +1418,38 @@ class _Stop:
     NUMBERS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
     def __init__(self):
+        self.runs, self.before = [], {}  # that are at work; the handlers that were there before
         self.mask = threading.local()    # what was blocked before a fork, by thread
         self.number = self.last = None   # the signal that asks; the one to name in the last word
-        self.at, self.users, self.before = 0.0, 0, {}
+        self.at = 0.0
 
-    def watch(self):
+    def watch(self, run):
         if threading.current_thread() is not threading.main_thread():
             return   # handlers can only be set there
-        self.users += 1
+        self.runs.append(run)
         self.last = self.number
-        if self.users == 1:
+        if len(self.runs) == 1:
             for number in self.NUMBERS:
                 if signal.getsignal(number) is not signal.SIG_IGN:   # nohup ignores SIGHUP
                     self.before[number] = signal.signal(number, self._ask)
 
-    def unwatch(self, forget):
-        """Put back what was there. A signal too late to stop this run is kept for the next one."""
-        if threading.current_thread() is threading.main_thread():
-            self.users -= 1
-            if self.users == 0:
+    def unwatch(self, run):
+        if run in self.runs:
+            self.runs.remove(run)
+            if not self.runs:
                 self._put_back()
-                self.number = None if forget else self.number
+                self.number = None
 
     def _put_back(self):
-        for number, handler in self.before.items():
-            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+        with contextlib.suppress(ValueError):   # left in another thread than it was entered in
+            for number, handler in self.before.items():
+                signal.signal(number, signal.SIG_DFL if handler is None else handler)
         self.before = {}
 
     def _ask(self, number, frame):
         now = time.monotonic()
+        if all(run._complete() for run in self.runs):   # nothing is left to be saved
+            raise SystemExit(128 + number)
         if self.number is None:
             self.number, self.last, self.at = number, number, now
             hint = ". Ctrl-C again ends at once, with what was saved before"
@@ -1466,7 +1471,7 @@ class _Stop:
 
     def in_child(self):
         self._put_back()
-        self.number, self.users = None, 0
+        self.number, self.runs = None, []
         self.after_fork()
 
 
@@ -1490,7 +1495,7 @@ class _Voice:
                 return
             if self.pid != os.getpid():
                 self._start()
-        except (OSError, ValueError, RuntimeError):   # a closed log, no thread to be had
+        except (OSError, ValueError, RuntimeError, AttributeError):   # closed, threadless, a toy
             return
         behind = self.said - self.written
         if behind > 200 or (droppable and behind):

@@ -3,6 +3,7 @@
 Imported first by every stage: from here on Ctrl-C and a missing package end in one line.
 """
 import os
+import signal
 import sys
 
 
@@ -19,7 +20,15 @@ def one_line_at_the_top(kind, error, trace):
         sys.__excepthook__(kind, error, trace)
 
 
+def leave(number, frame):
+    os.write(2, f"{os.path.basename(sys.argv[0])}: stopped by Ctrl-C\n".encode())
+    os._exit(128 + number)
+
+
 sys.excepthook = one_line_at_the_top
+if signal.getsignal(signal.SIGINT) is signal.default_int_handler and \
+        os.path.dirname(os.path.abspath(sys.argv[0])) == os.path.dirname(os.path.abspath(__file__)):
+    signal.signal(signal.SIGINT, leave)   # numpy would make forty lines of it
 
 import argparse   # noqa: E402
 import dataclasses   # noqa: E402
@@ -34,6 +43,11 @@ def option(default, help):
 
 class OneLineParser(argparse.ArgumentParser):
     """argparse, except that a mistake gets one line on stderr instead of the whole usage."""
+
+    def __init__(self, *arguments, **more):
+        super().__init__(*arguments, **more)
+        if signal.getsignal(signal.SIGINT) is leave:   # all is imported
+            signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def error(self, message):
         self.exit(WRONG_SETTINGS, f"{self.prog}: error: {message}; see {self.prog} --help\n")

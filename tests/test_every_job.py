@@ -321,13 +321,14 @@ def test_a_total_that_shrank_is_refused_not_called_complete(tmp_path):
     run(JOB, tmp_path, 60)
 
 
-def test_a_signal_in_the_last_step_ends_complete(tmp_path):
+def test_a_signal_in_the_last_step_ends_complete_and_stops_what_comes_after(tmp_path):
     code = """
 with checkpointing.Run(out, 10, every=5, suffix=".json") as run:
     for i in run.steps(lambda file: file.write(b"[]")):
         if i == 9: os.kill(os.getpid(), signal.SIGTERM)
+raise AssertionError("what comes after it is stopped")
 """
-    finish(job(tmp_path, code))
+    finish(job(tmp_path, code), code=143)
     assert read_progress(tmp_path / "out" / "PROGRESS.txt")["Status"] == "COMPLETE"
 
 
@@ -956,3 +957,107 @@ with checkpointing.Run(out, 30, every=10, suffix=".json") as run:
     finish(tmp_path / "job.py")
     kept = [i for _, path in find_checkpoints(tmp_path / "out") for i in json.loads(path.read_bytes())]
     assert kept == list(range(30))
+
+
+def test_signals_stop_what_a_complete_run_does_inside_its_block(tmp_path):
+    code = """
+with checkpointing.Run(out, 10, every=5, suffix=".json") as run:
+    for i in run.steps(lambda file: file.write(b"[]")): pass
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(60)
+"""
+    finish(job(tmp_path, code), code=143)
+    assert read_progress(tmp_path / "out" / "PROGRESS.txt")["Status"] == "COMPLETE"
+
+
+GENERATOR = """
+def work():
+    with checkpointing.Run(out, 10, suffix=".json") as run:
+        values = run.load(json.load, default=[])
+        for i in run.steps(lambda file: file.write(json.dumps(values).encode())):
+            values.append(i)
+            yield i
+"""
+
+
+def test_a_generator_that_holds_a_run_and_is_closed_early_saves(tmp_path):
+    finish(job(tmp_path, GENERATOR + "for i in work():\n    if i == 3: break\n"))
+    assert json.loads(find_checkpoints(tmp_path / "out")[-1][1].read_bytes()) == [0, 1, 2, 3]
+    assert read_progress(tmp_path / "out" / "PROGRESS.txt")["Status"] == "INTERRUPTED"
+
+
+def test_a_generator_that_still_holds_a_run_when_python_ends_hangs_nothing(tmp_path):
+    finish(job(tmp_path, GENERATOR + "kept = work(); next(kept)"), timeout=20)
+    finish(job(tmp_path, GENERATOR + "list(work())"))
+
+
+def test_finished_pieces_stay_the_same_whole_when_one_is_damaged(tmp_path):
+    code = """
+with checkpointing.Run(out, 100, every=10, suffix=".txt") as run:
+    for piece in run.pieces():
+        for i in piece: pass
+        piece.save(f"{piece.start} {piece.done}")
+        if piece.start == 30: run.finish()
+"""
+    finish(job(tmp_path, code))
+    (tmp_path / "out" / "checkpoint_00010.txt").write_text("rot")
+    finish(job(tmp_path, code.replace("every=10", "every=4").replace("for i in piece: pass", "next(iter(piece)); stop = 1")
+               .replace("run.finish()", "pass").replace('piece.save(f"{piece.start} {piece.done}")', 'piece.save("x"); break')),
+           code=1)
+    assert read_progress(tmp_path / "out" / "PROGRESS.txt")["Progress"] == "31/40 steps (77.5%)"
+    finish(job(tmp_path, code))
+    assert read_progress(tmp_path / "out" / "PROGRESS.txt")["Progress"] == "40/40 steps (100%)"
+    finish(ROOT / "checkpointing.py", "verify", tmp_path)
+
+
+@pytest.mark.parametrize("stand_in", ["write", "write, flush", "none"])
+def test_a_stand_in_for_stdout_does_not_stop_the_work(tmp_path, stand_in):
+    code = f"""
+class Tee:
+    def write(self, text): pass
+{"    def flush(self): pass" if "flush" in stand_in else ""}
+sys.stdout = None if {stand_in == "none"} else Tee()
+with checkpointing.Run(out, 20, every=5, suffix=".json") as run:
+    for i in run.steps(lambda file: file.write(b"[]")): pass
+sys.stdout = sys.__stdout__
+"""
+    finish(job(tmp_path, code))
+
+
+def test_a_reader_that_has_left_does_not_stop_the_work(tmp_path):
+    code = """
+print("hello")
+with checkpointing.Run(out, 50, every=5, suffix=".json") as run:
+    for i in run.steps(lambda file: file.write(b"[]")): pass
+"""
+    line = f"{sys.executable} {job(tmp_path, code)} | true"
+    subprocess.run(["bash", "-c", line], env={**os.environ, "PYTHONUNBUFFERED": ""}, stderr=subprocess.DEVNULL)
+    assert read_progress(tmp_path / "out" / "PROGRESS.txt")["Status"] == "COMPLETE"
+
+
+def test_a_field_that_cannot_be_printed_does_not_stop_the_heart(tmp_path):
+    class Bad:
+        def __str__(self):
+            raise ValueError
+    with Run(tmp_path, 10, heartbeat=0.02, stall_after=0.1) as job_:
+        job_.begin()
+        job_.update(1, Bad=Bad())
+        wait_for(lambda: read_progress(tmp_path / "PROGRESS.txt").get("Status") == "STALLED", "STALLED", 10)
+        assert read_progress(tmp_path / "PROGRESS.txt")["Bad"] == "?"
+        job_.save(10, "x")
+
+
+def test_a_run_begun_in_a_thread_does_not_take_the_signals_of_the_next(tmp_path):
+    code = """
+import threading
+def state(file): file.write(b"x")
+with checkpointing.Run(out, 5) as run:
+    thread = threading.Thread(target=lambda: list(run.steps(state)))
+    thread.start()
+    thread.join()
+with checkpointing.Run(out + "2", 1000, every=1000) as run:
+    for i in run.steps(state):
+        if i == 20: os.kill(os.getpid(), signal.SIGTERM)
+"""
+    finish(job(tmp_path, code), code=143)
+    assert [n for n, _ in find_checkpoints(tmp_path / "out2")] == [21]

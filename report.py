@@ -702,7 +702,7 @@ LETTERS = dict(zip(
     ehhf12c 00000cc 000cc48 000v000 000000v 0cc0cc0 0124800 op248lj 2488842 8422248""".split()))
 
 
-def written(text, scale=2):
+def lettering(text, scale=2):
     """Text as bool (7 scale, 6 n scale)."""
     rows = np.zeros((7, 6 * max(1, len(text))), bool)
     for i, letter in enumerate(text.lower()):
@@ -741,7 +741,7 @@ def drawn_strip(videos, words):
         videos = videos.repeat(scale, 3).repeat(scale, 4).transpose(0, 1, 3, 4, 2)
         h, w = h * scale, w * scale
         line = np.full((times, max(h, 14) + 8, margin + columns * (w + 8), 1), BACK, np.uint8)
-        text = written(words)
+        text = lettering(words)
         top = (line.shape[1] - text.shape[0]) // 2
         line[:, top:top + text.shape[0], 8:8 + text.shape[1]][:, text] = INK
         line = PALETTE[line[..., 0]] if colour else line
@@ -867,7 +867,7 @@ SAVED = '<path class="saved" d="M0 207l4 7h-8z"/>'
 
 def finite(xs, ys, log=False):
     xs, ys = np.asarray(xs, float), np.asarray(ys, float)
-    good = np.isfinite(xs) & np.isfinite(ys) & (np.abs(ys) < 1e30) & ((ys > 0) | (not log))
+    good = (np.abs(xs) < 1e15) & (np.abs(ys) < 1e15) & ((ys > 0) | (not log))   # so no NaN either
     return xs[good], ys[good]
 
 
@@ -1271,7 +1271,7 @@ def training_part(run, budget):
     purse, out = Purse(budget), []
     rows = history_of(run)
     samples = read_samples(run.path / "samples.npz", run.notes)
-    curves = loss_curves([(run.name, rows)], marks_of(run, rows))
+    curves = guarded(loss_curves, [(run.name, rows)], marks_of(run, rows))
     out.append(curves or '<p class="soft">No loss curve yet: it begins with the first epoch.</p>')
     losses = [row[key] for row in rows for key in ("train_loss", "validation_loss")]
     if not all(loss is None or math.isfinite(loss) for loss in losses):
@@ -1309,9 +1309,11 @@ def headlines(metrics):
 
 def history_of(run):
     """The rows of history.json that are rows, with a number or NaN for each figure."""
-    rows = read_json(run.path / "history.json", run.notes) or []
-    good = []
-    for row in rows if isinstance(rows, list) else []:
+    rows, good = read_json(run.path / "history.json", run.notes), []
+    if rows is None:
+        return []
+    rows = rows if isinstance(rows, list) else [rows]
+    for row in rows:
         if isinstance(row, dict) and as_number(row.get("step")) is not None:
             keys = "step", "epoch", "train_loss", "validation_loss"
             numbers = {key: as_number(row.get(key)) for key in keys}
@@ -1647,7 +1649,7 @@ def comparison(runs):
     out = ['<section class="card" id="compared"><h2>Trainings side by side</h2>']
     if len(newest) < len(trainings):
         out.append(f'<p class="soft">The {len(newest)} newest of {len(trainings)}.</p>')
-    out.append(loss_curves([(run.name, history_of(run)) for run in newest]))
+    out.append(guarded(loss_curves, [(run.name, history_of(run)) for run in newest]))
     tables = []
     for run in newest:
         rows = figures_of_metrics(run.metrics)
@@ -1944,7 +1946,7 @@ ICONS = {"good": ICON % ("#007a5a", "M4 8l3 3 5-6"), "warn": ICON % ("#b06000", 
 TOOLS = """<nav class="tools" aria-label="videos">
 <button id="play" type="button" aria-keyshortcuts="Space">Pause</button>
 <label>frame <input id="frame" type="range" min="0" value="0" aria-label="frame"></label>
-<output id="at">1</output>
+<span id="at">1</span>
 <button id="paths" type="button" aria-pressed="false" aria-keyshortcuts="p">Paths</button>
 <button id="whole" type="button" aria-pressed="false" aria-keyshortcuts="f">All frames</button>
 <span class="soft hint">space plays, arrows step, p paths, f frames</span></nav>"""
@@ -2193,7 +2195,8 @@ if (root.dataset.reload) {
   setInterval(() => {
     // the older the news, the rarer the looks: a dead run must not keep a laptop awake
     const wait = Math.max(+root.dataset.reload, Math.min(600, (now() - made) / 10));
-    const busy = document.hidden || String(getSelection());
+    const held = document.querySelector("button:active, input:active");
+    const busy = document.hidden || held || String(getSelection());
     if (!busy && Date.now() - loaded > 1000 * wait) { keep(); location.reload(); }
   }, 500);
 }

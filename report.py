@@ -1351,8 +1351,12 @@ def loss_curves(trainings, marks=()):
     for phase in list(dict.fromkeys(row["phase"] for _, rows in trainings for row in rows))[:6]:
         series = []
         for k, (name, rows) in enumerate(trainings):
+            before = [row["step"] for row in rows if row["phase"] != phase]
             rows = [row for row in rows if row["phase"] == phase]
             steps = [row["step"] for row in rows]
+            if len(trainings) > 1 and steps:   # each from where the phase began
+                start = max([step for step in before if step < steps[0]], default=0)
+                steps = [step - start for step in steps]
             train = [math.nan if row["train_loss"] is None else row["train_loss"] for row in rows]
             held_out = [math.nan if row["validation_loss"] is None else row["validation_loss"]
                         for row in rows]
@@ -1366,10 +1370,12 @@ def loss_curves(trainings, marks=()):
             continue
         log = bool((values > 0).all() and values.max() > 5 * values.min())
         words = f"Loss of the {phase}, from {short(values.max())} to {short(values.min())}"
-        label = "loss" if len(trainings) == 1 else "validation loss"
+        across, label = "step", "loss"
+        if len(trainings) > 1:
+            across, label = "step of this phase", "validation loss"
         label += ", log scale" if log else ""
         out.append(f'<figure class="half"><figcaption>{e(phase)}</figcaption>'
-                   f"{plot(series, 'step', label, words, marks, log)}</figure>")
+                   f"{plot(series, across, label, words, marks, log)}</figure>")
     return f'<h3>Loss</h3><div class="row">{"".join(out)}</div>' if out else ""
 
 

@@ -688,6 +688,15 @@ class Browser:
         assert "exceptionDetails" not in answer, answer
         return answer["result"].get("value")
 
+    def wait(self, code, what):
+        """Until the code says true; while the page is being replaced there is nobody to ask."""
+        def true():
+            try:
+                return self.js(code)
+            except AssertionError:
+                return False
+        wait_for(true, what, 40)
+
     def open(self, path, width=1200, height=900, still=False, dark=False, script=True):
         self.events.clear()
         self.call("Emulation.setScriptExecutionDisabled", value=not script)
@@ -697,7 +706,7 @@ class Browser:
             {"name": "prefers-reduced-motion", "value": "reduce" if still else "no-preference"},
             {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}])
         self.call("Page.navigate", url=path.as_uri())
-        wait_for(lambda: self.js("document.readyState") == "complete", "the page")
+        self.wait(f"{READY} && location.href === {json.dumps(path.as_uri())}", "the page")
 
     def key(self, key, code=""):
         text = {"text": key} if len(key) == 1 else {}
@@ -754,7 +763,7 @@ def test_it_plays_stops_and_steps(results, browser):
     browser.key("f")
     assert browser.js("document.querySelector('.v').clientWidth") == 8 * 96
     browser.js("document.getElementById('play').click()")
-    wait_for(lambda: browser.js(FRAME) != at, "it to go on", 5)
+    wait_for(lambda: browser.js(FRAME) != at, "it to go on", 30)
     assert not browser.complaints()
 
 
@@ -786,7 +795,7 @@ def test_no_motion_where_none_is_wanted(results, browser):
     assert browser.js(FRAME) == at
     assert browser.js(BUTTON) == "Play"
     browser.js("document.getElementById('play').click()")   # but who asks for it gets it
-    wait_for(lambda: browser.js(FRAME) != at, "it to play", 5)
+    wait_for(lambda: browser.js(FRAME) != at, "it to play", 30)
     browser.js("document.getElementById('play').click()")
 
 
@@ -820,7 +829,7 @@ def test_it_looks_again_while_something_works_and_keeps_its_place(results, brows
     place, at = browser.js(middle), browser.js(FRAME)
     progress(results / "magvit_training", status="RUNNING", done=50)
     page(results)
-    wait_for(lambda: browser.js(f"{READY} && window.first === undefined"), "it to look again", 20)
+    browser.wait(f"{READY} && window.first === undefined", "it to look again")
     assert "50.0%" in browser.js("document.title")
     assert abs(browser.js(middle) - place) < 3
     assert browser.js("document.documentElement.classList.contains('paths')")
@@ -829,8 +838,7 @@ def test_it_looks_again_while_something_works_and_keeps_its_place(results, brows
 
     progress(results / "magvit_training", status="COMPLETE", done=100)
     page(results)
-    wait_for(lambda: browser.js(f"{READY} && !document.documentElement.dataset.reload"),
-             "the last look", 20)
+    browser.wait(f"{READY} && !document.documentElement.dataset.reload", "the last look")
     browser.js("window.last = true")
     time.sleep(2.5)
     assert browser.js("window.last") and "complete" in browser.js("document.body.innerText")

@@ -177,8 +177,8 @@ def refresh(directory, least_seconds=30.0, force=False):
     except Exception as error:
         if str(directory) not in _warned:
             _warned.add(str(directory))
-            checkpointing.warn(f"the page of {directory} was not made: {words_of(error)} (the work goes on; this "
-                 "is said once)")
+            checkpointing.warn(f"the page of {directory} was not made: {words_of(error)} (the work "
+                               "goes on; this is said once)")
     now = time.monotonic()
     _next = max(began + least_seconds, now + 100 * (now - began))
 
@@ -311,6 +311,8 @@ def read_run(here, name, names):
 def state_of(progress):
     """The status; SILENT where it says that it works and does not beat, UNKNOWN without one."""
     status = progress.get("Status", "UNKNOWN")
+    if status == "RUNNING" and counts_in(progress)[3] == "100%":
+        return "COMPLETE"   # 100% says that all is on the disk: only the last word is missing
     if status in ("RUNNING", "STALLED"):
         age = time.time() - number_in(progress.get("Heartbeat"), time.time())
         if age > 3 * number_in(progress.get("Interval"), 30) + 5:

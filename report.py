@@ -155,7 +155,9 @@ def write_ours(path, content):
 # --------------------------------------------------------------------------------------------------
 # What the stages call
 
-_next = 0.0       # when a page may be made again, on the steady clock
+# When a page may be made next, on the steady clock. Not in the first 30 s: a job that is shorter
+# makes one page, at its end.
+_next = time.monotonic() + 30
 _warned = set()   # directories whose pages could not be made
 
 
@@ -964,8 +966,8 @@ def e(text):
     return html.escape("".join(c if c.isprintable() or c == "\n" else " " for c in str(text)))
 
 
-def px(distance):
-    return f"{distance:.2f} px" if math.isfinite(distance) else "no dot to be seen,"
+def off(distance):
+    return f"{distance:.2f} px off" if math.isfinite(distance) else "no dot is seen"
 
 
 @dataclass
@@ -1406,7 +1408,7 @@ def reconstructions(run, samples, purse, at):
                     f"{each:.1f} dB</span></div>")
     return (f"<h3>Reconstructed{at}</h3><p>On these {len(real)} videos: skill <b>{value:.3f}</b> "
             f"(a blank video has 0, a perfect one 1), PSNR <b>{ratio:.1f} dB</b> (blank "
-            f"{blank:.1f} dB), dots <b>{px(away(centres, found))}</b> from where they are.</p>"
+            f"{blank:.1f} dB), dots <b>{off(away(centres, found))}</b>.</p>"
             f'{LEGEND}<div class="sets">{"".join(sets)}</div>' + less_frames(films[0], real))
 
 
@@ -1418,7 +1420,7 @@ def predictions(run, samples, purse, at):
     if "predicted" not in samples or not len(samples["predicted"]):
         return ""
     truth, made, given = samples["predicted_truth"], samples["predicted"], samples["given"]
-    centres, found = dots(truth)[0], dots(made)[0]
+    centres, (found, _, seen) = dots(truth)[0], dots(made)
     error = away(centres[:, given:], found[:, given:])
     last = away(centres[:, given:], centres[:, max(0, given - 1):max(1, given)])
     films = [Film(videos, purse) for videos in (truth, made)]
@@ -1426,18 +1428,20 @@ def predictions(run, samples, purse, at):
     for i in range(min(12, len(truth))):
         if purse.left <= 0:
             break
-        off = away(centres[i, given:], found[i, given:])
-        tiles = [films[0].tile(i, f"real video {i}, to be predicted from frame {given}", "truth",
+        words = off(away(centres[i, given:], found[i, given:]))
+        tiles = [films[0].tile(i, f"real video {i}, predicted from frame {given}", "truth",
                                [("p1", centres[i])], given),
-                 films[1].tile(i, f"its prediction, {px(off)} off", "predicted",
+                 films[1].tile(i, f"its prediction, {words}", "predicted",
                                [("p1", centres[i]), ("p2", found[i])], given)]
         sets.append(f'<div class="set">{films[0].group(tiles, "tight")}<span class="cap">'
-                    f"{px(off)} off</span></div>")
+                    f"{words}</span></div>")
     kind = "good" if error < last else "bad"
+    empty = 100 * (1 - seen[:, given:].mean()) if given < seen.shape[1] else 0
+    blank = f" {empty:.1f} % of the predicted frames show nothing." if empty > 1 else ""
     return (f'<h3>Predicted{at}</h3><p>The first {given} frames were given (<i class="sky"></i> '
             'below the video), the others are predicted (<i class="orange"></i>). On these '
-            f'{len(truth)} videos: <b class="{kind}">{px(error)}</b> off; to go on showing the '
-            f"last given frame is {px(last)} off.</p>{LEGEND}"
+            f'{len(truth)} videos: <b class="{kind}">{off(error)}</b>; to go on showing the last '
+            f"given frame is {off(last)}.{blank}</p>{LEGEND}"
             f'<div class="sets">{"".join(sets)}</div>' + less_frames(films[0], truth))
 
 
@@ -1540,7 +1544,8 @@ def figures_part(run):
     metrics = run.metrics
     if not metrics:
         return '<p class="soft">No evaluation yet: it comes at the end of training.</p>'
-    rows, out, group = figures_of_metrics(metrics), ["<h3>Evaluated on test videos</h3>"], None
+    rows, out = figures_of_metrics(metrics), ["<h3>Evaluated on test videos</h3>"]
+    group, said = None, ""
     for warning in metrics.get("warnings") if isinstance(metrics.get("warnings"), list) else []:
         run.checks.append(("warn", one_line(warning)))
     table = []
@@ -1549,11 +1554,12 @@ def figures_part(run):
             group = row_group
             table.append(f'<tr class="group"><th colspan="5" scope="colgroup">{e(group)}</th></tr>')
         mark = ""
+        said = f"{words} {value}" if words else said   # else the same figure, another baseline
         if better is not None:
             mark = f'<span class="{"good" if better else "bad"}">{VERDICTS[how][not better]}</span>'
             if not better and how in "<>":
-                run.checks.append(("warn", f"{group.lower()}: {words or 'distance'} {value or ''} "
-                                   f"does not beat {base_words} ({base})"))
+                run.checks.append(("warn", f"{group.lower()}: {said} does not beat {base_words} "
+                                   f"({base})"))
         table.append(f'<tr><th scope="row">{e(words)}</th><td class="number"><b>{e(value)}</b></td>'
                      f'<td class="number">{e(base)}</td><td>{e(base_words)}</td><td>{mark}</td>'
                      "</tr>")

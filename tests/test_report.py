@@ -585,6 +585,15 @@ def test_refresh_never_raises_and_says_so_once(tmp_path, monkeypatch, capsys, sm
     assert (foreign / "report.html").read_text() == "my thesis"
 
 
+def test_a_short_job_makes_one_page_at_its_end(results):
+    code = (f"import sys; sys.path.insert(0, {str(ROOT)!r}); import os, report\n"
+            f"for i in range(1000): report.refresh({str(results)!r})\n"
+            f"assert not os.path.exists({str(results / 'report.html')!r})\n"
+            f"report.refresh({str(results)!r}, force=True)")
+    subprocess.run([sys.executable, "-c", code], check=True)
+    assert (results / "report.html").exists()
+
+
 JOB = """
 import os, signal, sys
 import checkpointing, report

@@ -94,7 +94,7 @@ def write_report(top, strip=None):
     """Write the page and the picture of everything below `top`; returns the paths written."""
     found = find(top)
     written = [write_ours(top / PAGE, page_of(found))]
-    picture = strip_of_runs(found)
+    picture = strip_of_runs(found)   # after the page: a strip that fails must not cost it
     if picture:
         written.append(write_ours(top / STRIP, picture))
     if strip:
@@ -530,8 +530,14 @@ def read_videos(path, most):
     if truth is not None and truth.shape == arrays["videos"].shape:
         file.truth = as_pixels(truth)
     file.classes = names_in(arrays)
-    file.given = int(arrays["given"]) if "given" in arrays and np.ndim(arrays["given"]) == 0 else 0
+    file.given = count_in(arrays, "given") or 0
     return file
+
+
+def count_in(arrays, name):
+    """A number of frames or steps, or None."""
+    value = np.asarray(arrays.get(name, ""))
+    return max(0, int(value)) if value.ndim == 0 and value.dtype.kind in "iu" else None
 
 
 def names_in(arrays):
@@ -790,10 +796,8 @@ def strip_of_runs(found):
 
 
 def strip_of_files(files):
-    rows = []
+    files, rows = [file for file in files if not file.problem], []
     for file in files:
-        if file.problem:
-            continue
         if file.truth is not None:
             rows.append(("truth", file.truth, None))
         given = file.given
@@ -1247,7 +1251,7 @@ def read_samples(path, notes):
         arrays, _, problem = first_rows(path, {None: 64})
     except OSError as error:
         arrays, problem = {}, words_of(error)
-    samples = {"classes": names_in(arrays), "given": 0, "step": None}
+    samples = {"classes": names_in(arrays)}
     try:
         if problem:
             raise ValueError(problem)
@@ -1258,9 +1262,7 @@ def read_samples(path, notes):
             if np.shape(samples.get(a)) != np.shape(samples.get(b)):
                 notes.append(f"{path.name}: {a} and {b} do not fit together")
                 samples.pop(a, None), samples.pop(b, None)
-        for name in ("given", "step"):
-            if name in arrays and np.ndim(arrays[name]) == 0:
-                samples[name] = int(arrays[name])
+        samples["given"], samples["step"] = count_in(arrays, "given") or 0, count_in(arrays, "step")
         labels = arrays.get("generated_labels")
         whole = getattr(labels, "dtype", np.dtype(float)).kind in "iu"
         if whole and labels.shape == np.shape(samples.get("generated"))[:1]:

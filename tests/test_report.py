@@ -287,7 +287,7 @@ def test_foreign_content_costs_only_itself(results, name, content):
     {"real": None, "reconstructed": None}, {"given": 99}, {"given": np.zeros(3)},
     {"generated": np.zeros((2, 8, 1, 32, 32), np.uint8)}, {"generated_labels": np.array([-5] * 8)},
     {"predicted": np.zeros((6, 8, 1, 32, 32), np.uint8)}, {"real": np.array([{}], object)},
-    {"step": np.array("x")}, {"classes": np.arange(3)}])
+    {"step": np.array("x")}, {"given": np.array("x")}, {"given": -3}, {"classes": np.arange(3)}])
 def test_foreign_samples_cost_only_themselves(results, arrays):
     samples(results / "magvit_training" / "samples.npz", **arrays)
     text = page(results)
@@ -302,6 +302,7 @@ def test_videos_of_any_shape(tmp_path):
         np.savez_compressed(tmp_path / f"{name}.npz", videos=rng.integers(0, 255, shape, np.uint8))
     np.savez(tmp_path / "floats.npz", videos=np.random.rand(2, 4, 1, 8, 8), labels=[7, 7])
     np.savez(tmp_path / "nothing.npz", other=np.zeros(3))
+    (tmp_path / "a_damaged.npz").write_bytes(b"PK")
     text = Elements(page(tmp_path)).text
     for name in [*shapes, "floats"]:
         assert f"{name}.npz" in text

@@ -37,6 +37,7 @@ import fcntl
 import hashlib
 import io
 import json
+import opcode
 import os
 import queue
 import re
@@ -86,8 +87,8 @@ class Run:
          given by plan() inside the block, while PROGRESS.txt already shows the run.
     finish() ends any of them early and complete. Errors of the user or the machine end the process
     with one line on stderr and the exit code of the docstring above. Leaving the block before the
-    end, by break or return, saves and ends with exit code 1; the step that breaks counts as done,
-    so an exception that you want to survive must be caught inside its step.
+    end, by break or return, saves and ends with exit code 1: the step that breaks counts as done,
+    one that an exception leaves does not. sys.exit() saves nothing.
     """
 
     def __init__(self, out, total=None, *, every=100, suffix=".bin", title="Job", unit="steps",
@@ -120,9 +121,10 @@ class Run:
     def load(self, read, default=None):
         """read(open binary file) of the newest checkpoint that verifies, or `default`.
 
-        If all is complete already, steps() yields nothing: what the loop's body would have set is
-        not set, only what `read` returned.
+        `read` must read all it needs: the file is closed behind it. If all is complete already,
+        steps() yields nothing: what the loop's body would have set is not set.
         """
+        self._must_be_ours()
         good = self.store.good(newest_only=True, length=lambda path: 0)
         if not good:
             if len(self.store.records) > 1:   # one alone: a kill in the very first save
@@ -148,8 +150,7 @@ class Run:
         """
         self.begin()
         if self._open_step:
-            raise RuntimeError(f"step {self.done} was left by break or by an exception, so whether "
-                               "it is done cannot be known: catch exceptions inside the step")
+            raise RuntimeError(f"step {self.done} was left by break: leave the Run's block, too")
         return self._steps(write)
 
     def _steps(self, write):
@@ -157,7 +158,12 @@ class Run:
         while self.done < self.total and not self._finishing:
             self.leave_if_asked()
             self._open_step = (self.done + 1, write)
-            yield self.done
+            try:
+                yield self.done
+            except GeneratorExit:
+                if not left_by_break(sys._getframe(1)):
+                    self._open_step = None   # an exception: not done, its state half changed
+                raise
             self._open_step = None
             self.update(self.done + 1)
             if self.done % self.every == 0 or self.done >= self.total or self.due():
@@ -183,22 +189,24 @@ class Run:
         """
         return self._pieces(self._uncovered(length))
 
-    def _pieces(self, todo):
-        if todo:
+    def _pieces(self, gaps):
+        if gaps:
             self.begin()
-        for start, stop in todo:
+        for start, stop in gaps:
             while start < stop and not self._finishing:
                 self.leave_if_asked()
-                piece = Piece(self, start, stop)
+                cut = min(stop, start - start % self.every + self.every)   # as undisturbed
+                piece = Piece(self, start, cut)
                 yield piece
                 if piece.done == start or piece.saved != piece.done:
-                    raise RuntimeError(f"piece {start} to {stop - 1}: iterate over it (or over its "
+                    raise RuntimeError(f"piece {start} to {cut - 1}: iterate over it (or over its "
                                        "blocks) and call its save() before you ask for the next")
                 start = piece.done
         self.leave_if_asked()
 
     def _uncovered(self, length):
-        """[(start, stop)] that no good checkpoint holds, cut where an undisturbed run would cut."""
+        """[(start, stop)] of the gaps between the good checkpoints."""
+        self._must_be_ours()
         good = self.store.good(length=length)
         self.store.warn_of_what_is_gone({path.name for _, _, path in good})
         if any(self.store.records.get(path.name, {}).get("complete") for _, _, path in good):
@@ -214,13 +222,7 @@ class Run:
         held = sum(stop - start for start, stop, _ in good)
         self._found(held, good[-1][2] if good else None)
         gaps.append((at, end))
-        todo = []
-        for at, stop in gaps:
-            while at < stop:
-                cut = min(stop, at - at % self.every + self.every)
-                todo.append((at, cut))
-                at = cut
-        return todo
+        return [(start, stop) for start, stop in gaps if start < stop]
 
     # -- 3. a loop of your own
 
@@ -277,6 +279,7 @@ class Run:
         write: str, bytes or a function of an open binary file. Raises CheckpointError if it cannot
         be stored; what was saved before is then untouched, and saving may be tried again.
         """
+        number = int(number)   # perhaps numpy's
         self._save(number, number, number, write)
         self.store.retain(self.keep)
 
@@ -357,6 +360,7 @@ class Run:
                 self.progress.take_back()
         finally:
             self._lock.release()
+            self._lock = None
             _stop.unwatch(self)
         self._say_the_end(status, kind, error)
         if code is not None:
@@ -401,13 +405,13 @@ class Run:
             self.log(f"complete: {self.out} has all {self.total} {self.progress.unit}")
         elif kind is KeyboardInterrupt and not self.begun:
             _complain("stopped by Ctrl-C before the work began; nothing was changed")
-        elif status == "INTERRUPTED" and self.begun:
+        lost = self.done - self.durable
+        again = f", {lost} are done again" if lost > 0 else ""
+        if status == "INTERRUPTED" and self.begun:
             by = signal.Signals(_stop.last).name if _stop.last else "the program itself"
-            self.log(f"stopped by {by}: {saved}; run the same command again to go on")
-        elif status == "FAILED" and self.begun:
+            self.log(f"stopped by {by}: {saved}{again}; run the same command again to go on")
+        elif status == "FAILED" and self.begun and kind is not CheckpointError:
             blame = f" at {self.blame}" if self.blame else ""
-            lost = self.done - self.durable
-            again = f", {lost} are done again" if lost > 0 else ""
             warn(f"{self.out}: failed{blame} with {kind.__name__}: {saved}{again} when the same "
                   "command is run again")
 
@@ -421,9 +425,21 @@ class Run:
         self.store.newest = self.progress.newest = path.name if path else None
 
     def _must_be_ours(self):
+        if self._lock is None:
+            raise RuntimeError("a Run works inside its block: with checkpointing.Run(...) as run:")
         if self._process not in (None, os.getpid()):
             raise CheckpointError(f"{self.out}: a forked child cannot save; only process "
                                   f"{self._process}, which entered the run, can")
+        if not self._lock.is_of(self.out):
+            raise CheckpointError(f"{self.out} was moved or replaced while this run worked in it. "
+                                  "Nothing was saved in the new one; move the old one back")
+
+
+def left_by_break(frame):
+    """Does `frame` leave its loop by break or return? Both drop the loop's iterator by an
+    instruction of their own; an exception and an iterator's end do it elsewhere."""
+    name = opcode.opname[frame.f_code.co_code[frame.f_lasti]]
+    return name in ("POP_TOP", "POP_ITER")
 
 
 class Piece:
@@ -606,7 +622,8 @@ DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 def _fill(file, content):
     if callable(content):
-        content(file)
+        if hasattr(content(file), "__await__"):
+            raise TypeError("the function that writes must not be async")
     else:
         file.write(content.encode() if isinstance(content, str) else content)
 
@@ -1021,6 +1038,7 @@ class Store:
         atomic = AtomicFile(self.out / self.name(0))
         try:
             _fill(atomic.open(), write)
+            atomic.file.flush()
         except OSError:
             pass   # the disk's troubles are told by the checkpoint that meets them
         finally:
@@ -1060,7 +1078,7 @@ def compare_settings(out, settings, may_grow, bind):
     differ = []
     for key in sorted((before or {}).keys() | asked.keys()) if bind else ():
         old, new = before.get(key, "absent"), asked.get(key, "absent")
-        if key in may_grow and isinstance(old, int) and isinstance(new, int):
+        if key in may_grow and isinstance(old, (int, float)) and isinstance(new, (int, float)):
             if new < old:
                 differ.append(f"{key} was {old}, asked {new} (it may only grow)")
         elif json.dumps(old, sort_keys=True) != json.dumps(new, sort_keys=True):   # NaN is NaN
@@ -1361,6 +1379,7 @@ class DirectoryLock:
             raise CheckpointError(f"{path}: this file system cannot lock ({error.strerror}); use a "
                                   "local one") from error
         self.living.add(self)
+        self.place = os.stat(directory)
         text = f"PID {os.getpid()} on host {socket.gethostname()} since {_utc(time.time())}\n"
         with contextlib.suppress(OSError):   # a full disk: the lock holds all the same
             os.ftruncate(self.file, 0)
@@ -1377,6 +1396,13 @@ class DirectoryLock:
                 return text
             time.sleep(0.05)
         return "a process that is just starting"
+
+    def is_of(self, directory):
+        """Is what has this name still the directory that was locked?"""
+        try:
+            return os.path.samestat(os.stat(directory), self.place)
+        except FileNotFoundError:
+            return False
 
     def release(self):
         if self in self.living:
@@ -1443,7 +1469,8 @@ class _Stop:
     def _put_back(self):
         with contextlib.suppress(ValueError):   # left in another thread than it was entered in
             for number, handler in self.before.items():
-                signal.signal(number, signal.SIG_DFL if handler is None else handler)
+                if signal.getsignal(number) == self._ask:   # else the job has set one of its own
+                    signal.signal(number, signal.SIG_DFL if handler is None else handler)
         self.before = {}
 
     def _ask(self, number, frame):
@@ -1614,7 +1641,7 @@ def status(roots):
                 if here and not _alive(int(progress["PID"])):
                     word = "DEAD"
                     note = f"no process {progress['PID']}; run the same command again to go on"
-        tell(f"{directory}: {word}  {progress.get('Progress', '')}  {note}".rstrip())
+        tell(_one_line(f"{directory}: {word}  {progress.get('Progress', '')}  {note}".rstrip()))
     if not count:
         raise CheckpointError(f"no run (PROGRESS.txt) in or below {', '.join(roots)}")
     return 0

@@ -930,16 +930,120 @@ def test_a_git_commit_in_the_settings_is_no_damaged_seal(tmp_path):
     assert checkpointing.verify([tmp_path]) == 0
 
 
-def test_a_step_that_an_exception_left_is_never_skipped_in_silence(tmp_path):
-    with pytest.raises(RuntimeError, match="step 3 was left"), Run(tmp_path, 10, every=1) as job_:
-        for _ in range(2):
+@pytest.mark.parametrize("loop", ["for i in run.steps(state):", "for i, _ in zip(run.steps(state), range(100)):",
+                                  "for n, i in enumerate(run.steps(state)):"])
+def test_a_step_that_an_exception_left_is_done_again(tmp_path, loop):
+    code = f"""
+def state(file): file.write(json.dumps(values).encode())
+bad = True
+with checkpointing.Run(out, 10, every=4, suffix=".json") as run:
+    values = run.load(json.load, default=[])
+    while run.done < run.total:
+        try:
+            {loop}
+                if i == 5 and bad: raise ConnectionError
+                values.append(i)
+        except ConnectionError:
+            bad = False
+assert values == list(range(10)), values
+"""
+    finish(job(tmp_path, code))
+    (tmp_path / "job.py").write_text((tmp_path / "job.py").read_text().replace("{out}", "{out}2"))
+
+
+def test_an_exception_caught_outside_its_loop_saves_no_half_step(tmp_path):
+    code = """
+with checkpointing.Run(out, 10, every=4, suffix=".json") as run:
+    values = run.load(json.load, default=[])
+    try:
+        for i in run.steps(lambda file: file.write(json.dumps(values).encode())):
+            if i == 5 and not values[4:5] == [99]: raise ValueError
+            values.append(i)
+    except ValueError:
+        pass
+"""
+    finish(job(tmp_path, code), code=1)
+    assert [n for n, _ in find_checkpoints(tmp_path / "out")] == [4]
+
+
+def test_items_that_end_before_the_steps_do_count_no_step_that_never_ran(tmp_path):
+    code = """
+with checkpointing.Run(out, 10, every=100, suffix=".json") as run:
+    values = run.load(json.load, default=[])
+    for i, item in zip(run.steps(lambda file: file.write(json.dumps(values).encode())), range(8)):
+        values.append(item)
+        if i == 7: run.save(8, json.dumps(values))
+"""
+    finish(job(tmp_path, code), code=1)
+    assert [n for n, _ in find_checkpoints(tmp_path / "out")] == [8]
+
+
+BREAKS = """
+import sys
+sys.path.insert(0, %r)
+import checkpointing
+def kinds():
+    for leave in ("break", "return", "raise", "end", "nested"):
+        yield leave
+def one(leave, seen):
+    try:
+        def inner():
             try:
-                for i in job_.steps(lambda file: file.write(b"x")):
-                    if i == 3:
-                        raise ConnectionError
-            except ConnectionError:
-                pass
-    assert [n for n, _ in find_checkpoints(tmp_path)] == [1, 2, 3]
+                yield
+            except GeneratorExit:
+                seen.append(checkpointing.left_by_break(sys._getframe(1)))
+                raise
+        for _ in zip(inner(), [1] if leave != "end" else []):
+            with open("/dev/null"):
+                if leave == "break": break
+                if leave == "return": return 1
+                if leave == "nested":
+                    for _ in [1]: break
+                    break
+                if leave == "raise": raise KeyError
+    except KeyError:
+        pass
+found = {}
+for leave in kinds():
+    one(leave, found.setdefault(leave, []))
+assert found == {"break": [True], "return": [True], "nested": [True], "raise": [False], "end": [False]}, found
+"""
+
+
+def test_break_and_exceptions_are_told_apart_on_every_python():
+    from test_checkpointing import interpreters
+    for version, python in interpreters().items():
+        done = subprocess.run([python, "-I", "-S", "-c", BREAKS % str(ROOT)], capture_output=True, text=True)
+        assert done.returncode == 0, f"{version}: {done.stderr}"
+
+
+def test_a_directory_that_was_moved_away_is_not_written_into_again(tmp_path):
+    process = start(JOB, tmp_path / "out", 1000, 5, env={**os.environ, "PAUSE": "0.01"})
+    wait_for(lambda: find_checkpoints(tmp_path / "out"), "a checkpoint")
+    (tmp_path / "out").rename(tmp_path / "old")
+    (tmp_path / "out").mkdir()
+    output = process.communicate(timeout=30)[0]
+    assert process.returncode == 1 and "was moved or replaced" in output
+    assert not find_checkpoints(tmp_path / "out")
+
+
+def test_a_run_outside_its_block_is_refused(tmp_path):
+    run_ = Run(tmp_path, 10)
+    with pytest.raises(RuntimeError, match="inside its block"):
+        run_.steps(lambda file: file.write(b"x"))
+    with run_:
+        run_.begin()
+        run_.save(10, "x")
+    with pytest.raises(RuntimeError, match="inside its block"):
+        run_.save(11, "x")
+
+
+def test_a_huge_total_costs_nothing(tmp_path):
+    with pytest.raises(SystemExit), Run(tmp_path, 10**12, every=1) as job_:
+        for piece in job_.pieces():
+            list(piece)
+            piece.save(b"x")
+            break
 
 
 @pytest.mark.parametrize("loop", ["for i in piece:\n            lines.append(i)\n            if i == 5 and fresh: break",
@@ -980,9 +1084,11 @@ def work():
 """
 
 
-def test_a_generator_that_holds_a_run_and_is_closed_early_saves(tmp_path):
-    finish(job(tmp_path, GENERATOR + "for i in work():\n    if i == 3: break\n"))
-    assert json.loads(find_checkpoints(tmp_path / "out")[-1][1].read_bytes()) == [0, 1, 2, 3]
+def test_a_generator_that_holds_a_run_and_is_closed_early_goes_on_from_its_last_checkpoint(tmp_path):
+    finish(job(tmp_path, GENERATOR + "for i in work():\n    if i == 3: break\nassert list(work())[-6:] == [4, 5, 6, 7, 8, 9]"))
+    finish(job(tmp_path, GENERATOR.replace("out,", "out + '2',") + "for i in work():\n    if i == 3: break\n"))
+    (tmp_path / "out").rename(tmp_path / "first")
+    (tmp_path / "out2").rename(tmp_path / "out")
     assert read_progress(tmp_path / "out" / "PROGRESS.txt")["Status"] == "INTERRUPTED"
 
 

@@ -1,4 +1,4 @@
-"""The promises of monitor_progress.sh and sync_results.sh, against a real sshd on loopback with keys of its own."""
+"""The promises of monitor_progress.sh and sync_results.sh, against a real sshd on loopback."""
 import contextlib
 import filecmp
 import os
@@ -39,57 +39,80 @@ class Far:
     def __init__(self, place):
         self.place, self.processes = place, []
         for key in ("host", "other_host", "user", "norsync", "banner", "dash", "stranger"):
-            subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", place / key], check=True)
+            subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", place / key],
+                           check=True)
         empty = place / "empty"
         empty.mkdir()
         for tool in ("sh", "date", "find", "sed", "head", "tr", "ps", "cut", "sort", "hostname"):
             (empty / tool).symlink_to(shutil.which(tool))
-        force = 'command="%s",restrict %s'
-        keys = [(place / "user.pub").read_text(),
-                force % (f"PATH={empty} exec /bin/sh -c \\\"$SSH_ORIGINAL_COMMAND\\\"", (place / "norsync.pub").read_text()),
-                force % ("echo Welcome to the machine; exec /bin/sh -c \\\"$SSH_ORIGINAL_COMMAND\\\"",
-                         (place / "banner.pub").read_text()),
-                force % ("exec /bin/dash -c \\\"$SSH_ORIGINAL_COMMAND\\\"", (place / "dash.pub").read_text())]
+        shell = r'/bin/sh -c \"$SSH_ORIGINAL_COMMAND\"'
+        forced = {"norsync": f"PATH={empty} exec {shell}",
+                  "dash": f"exec {shell.replace('sh', 'dash', 1)}",
+                  "banner": f"echo Welcome to the machine; exec {shell}"}
+        keys = [(place / "user.pub").read_text()]
+        keys += [f'command="{command}",restrict {(place / f"{key}.pub").read_text()}'
+                 for key, command in forced.items()]
         (place / "authorized_keys").write_text("".join(keys))
         self.port = free_port()
         (place / "sshd_config").write_text(
-            f"Port {self.port}\nListenAddress 127.0.0.1\nHostKey {place}/host\nAuthorizedKeysFile {place}/authorized_keys\n"
-            f"PidFile {place}/pid\nStrictModes no\nUsePAM no\nPasswordAuthentication no\nKbdInteractiveAuthentication no\n"
+            f"Port {self.port}\nListenAddress 127.0.0.1\nHostKey {place}/host\n"
+            f"AuthorizedKeysFile {place}/authorized_keys\nPidFile {place}/pid\nStrictModes no\n"
+            "UsePAM no\nPasswordAuthentication no\nKbdInteractiveAuthentication no\n"
             "MaxStartups 100\nSubsystem sftp internal-sftp\n")
         os.makedirs("/run/sshd", exist_ok=True)
-        self.sshd = subprocess.Popen(["/usr/sbin/sshd", "-D", "-e", "-f", place / "sshd_config"], stderr=subprocess.DEVNULL)
+        self.sshd = subprocess.Popen(["/usr/sbin/sshd", "-D", "-e", "-f", place / "sshd_config"],
+                                     stderr=subprocess.DEVNULL)
         self.silent = socket.create_server(("127.0.0.1", 0))   # the kernel accepts, nobody speaks
         self.cutter = Cutter(self.port)
         (place / "known_changed").write_text(f"changed {(place / 'other_host.pub').read_text()}")
-        hosts = {"box": (self.port, "user"), "norsync": (self.port, "norsync"), "banner": (self.port, "banner"),
-                 "dash": (self.port, "dash"),
-                 "closed": (free_port(), "user"), "silent": (self.silent.getsockname()[1], "user"),
-                 "changed": (self.port, "user"), "cut": (self.cutter.port, "user")}
+        ports = {"closed": free_port(), "silent": self.silent.getsockname()[1],
+                 "cut": self.cutter.port}
         (place / "ssh_config").write_text("".join(
-            f"Host {name}\n HostName 127.0.0.1\n Port {port}\n User {os.environ.get('USER', 'root')}\n HostKeyAlias {name}\n"
-            f" IdentityFile {place}/{key}\n IdentitiesOnly yes\n"
-            f" UserKnownHostsFile {place}/known_{'changed' if name == 'changed' else 'hosts'}\n GlobalKnownHostsFile /dev/null\n"
-            for name, (port, key) in hosts.items()))
+            f"Host {name}\n HostName 127.0.0.1\n Port {ports.get(name, self.port)}\n"
+            f" User {os.environ.get('USER', 'root')}\n HostKeyAlias {name}\n"
+            f" IdentityFile {place / (name if name in forced else 'user')}\n IdentitiesOnly yes\n"
+            f" UserKnownHostsFile {place}/known_{'changed' if name == 'changed' else 'hosts'}\n"
+            " GlobalKnownHostsFile /dev/null\n" for name in ("box", "changed", *forced, *ports)))
         # The client under test is the real one; only its configuration and its patience are ours.
         self.bin = place / "bin"
         self.bin.mkdir()
         self.tool("ssh", f"""
-            for a do shift; case $a in ServerAliveInterval=10) a=ServerAliveInterval=1 ;; ConnectTimeout=10) a=ConnectTimeout=3 ;; esac
-            set -- "$@" "$a"; done
+            for a do shift
+                case $a in ServerAliveInterval=10) a=ServerAliveInterval=1 ;;
+                           ConnectTimeout=10) a=ConnectTimeout=3 ;; esac
+                set -- "$@" "$a"
+            done
             exec {shutil.which('ssh')} -F {place}/ssh_config "$@" """)
         wait_for(lambda: self.answers(), "sshd")
 
     def answers(self):
-        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", self.port), 1) as s:
-            return s.recv(3) == b"SSH"
+        with contextlib.suppress(OSError):
+            with socket.create_connection(("127.0.0.1", self.port), 1) as s:
+                return s.recv(3) == b"SSH"
 
     def tool(self, name, script, place=None):
         path = (place or self.bin) / name
         path.write_text("#!/bin/sh\n" + script)
         path.chmod(0o755)
 
+    def stub(self, place, name, script):
+        """An option for env(): PATH where program `name` is this shell script."""
+        (place / "stub").mkdir(exist_ok=True)
+        self.tool(name, script, place / "stub")
+        return {"PATH": f"{place / 'stub'}:{self.bin}:/usr/bin:/bin"}
+
+    def only(self, place):
+        """An option for env(): PATH where ssh offers no key but the one that it is given."""
+        place = place / "only"
+        place.mkdir(exist_ok=True)
+        config = re.sub(r" IdentityFile .*\n", "", (self.place / "ssh_config").read_text())
+        (place / "config").write_text(config)
+        self.tool("ssh", f'exec {shutil.which("ssh")} -F {place}/config "$@"', place)
+        return {"PATH": f"{place}:/usr/bin:/bin"}
+
     def env(self, **more):
-        return {"PATH": f"{self.bin}:/usr/bin:/bin", "LANG": "C", **{k: str(v) for k, v in more.items()}}
+        return {"PATH": f"{self.bin}:/usr/bin:/bin", "LANG": "C",
+                **{key: str(value) for key, value in more.items()}}
 
     def close(self):
         self.sshd.kill()
@@ -107,7 +130,8 @@ class Cutter:
         class Handler(socketserver.BaseRequestHandler):
             def handle(self):
                 with socket.create_connection(("127.0.0.1", port)) as far:
-                    up = threading.Thread(target=outer.pump, args=(self.request, far, False), daemon=True)
+                    up = threading.Thread(target=outer.pump, args=(self.request, far, False),
+                                          daemon=True)
                     up.start()
                     outer.pump(far, self.request, True)
 
@@ -146,29 +170,50 @@ def far(tmp_path_factory):
     place.close()
 
 
+def call(far, *arguments, **more):
+    """Run a script with a bare environment; `more` are its variables."""
+    return subprocess.run(["bash", *map(str, arguments)], env=far.env(**more), capture_output=True,
+                          text=True, timeout=100)
+
+
+def behind(far, *arguments, variables={}, **more):
+    """Start a script in the background, its output in a pipe unless `more` says otherwise."""
+    more = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, **more}
+    return subprocess.Popen(["bash", *map(str, arguments)], env=far.env(**variables), **more)
+
+
 def monitor(far, *arguments, code=None, **more):
-    done = subprocess.run(["bash", MONITOR, *map(str, arguments)], env=far.env(**more), capture_output=True, text=True,
-                          timeout=100)
+    done = call(far, MONITOR, *arguments, **more)
     if code is not None:
         assert done.returncode == code, f"exit {done.returncode}\n{done.stdout}\n{done.stderr}"
     return done
 
 
 def sync(far, *arguments, code=0, **more):
-    done = subprocess.run(["bash", SYNC, *map(str, arguments)], env=far.env(**more), capture_output=True, text=True, timeout=100)
+    done = call(far, SYNC, *arguments, **more)
     assert done.returncode == code, f"exit {done.returncode}\n{done.stdout}\n{done.stderr}"
     lines = (done.stdout + done.stderr).splitlines()
-    assert len(lines) <= 1 and all(re.match(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d ", line) for line in lines), lines
+    dated = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d ")
+    assert len(lines) <= 1 and all(map(dated.match, lines)), lines
     return done.stdout + done.stderr
+
+
+def begin(out, total, **settings):
+    """The counting job, started in the background, with its first PROGRESS.txt written."""
+    process = start(JOB, out, total, env={**os.environ, **{k: str(v) for k, v in settings.items()}},
+                    stdout=subprocess.DEVNULL)
+    wait_for((out / "PROGRESS.txt").exists, "the start")
+    return process
 
 
 def progress_file(directory, **changes):
     """A PROGRESS.txt as a run would leave it, of a process that is this test's own."""
     now = int(time.time())
-    keys = {"Status": "RUNNING", "Progress": "40/100 samples (40.0%)", "Heartbeat": now, "Advanced": now, "Interval": "30 s",
-            "PID": os.getpid(), "Host": socket.gethostname(), **changes}
+    keys = {"Status": "RUNNING", "Progress": "40/100 samples (40.0%)", "Heartbeat": now,
+            "Advanced": now, "Interval": "30 s", "PID": os.getpid(), "Host": socket.gethostname()}
     directory.mkdir(parents=True, exist_ok=True)
-    (directory / "PROGRESS.txt").write_text("A job\n" + "".join(f"{k}: {v}\n" for k, v in keys.items()))
+    lines = "".join(f"{key}: {value}\n" for key, value in {**keys, **changes}.items())
+    (directory / "PROGRESS.txt").write_text("A job\n" + lines)
 
 
 def word(done):
@@ -178,25 +223,19 @@ def word(done):
 # -- monitor: each verdict, with its real cause
 
 
-def env(**more):
-    return {**os.environ, **{key: str(value) for key, value in more.items()}}
-
-
 def test_running_then_complete_with_bar_lines_and_both_ages(far, tmp_path):
-    process = start(JOB, tmp_path / "run", 300, env=env(PAUSE=0.01), stdout=subprocess.DEVNULL)
-    wait_for(lambda: (tmp_path / "run" / "PROGRESS.txt").exists(), "the start")
+    process = begin(tmp_path / "run", 300, PAUSE=0.01)
     running = monitor(far, "-1", f"box:{tmp_path}", code=4)
     assert f"box:{tmp_path}/run: RUNNING" in running.stdout
     assert re.search(r"\[#*-+\] \d+%", running.stdout) and "Progress: " in running.stdout
     assert re.search(r"written \d+ s before it was fetched, fetched \d+ s ago", running.stdout)
     process.wait(timeout=60)
     complete = monitor(far, "-1", f"box:{tmp_path}", code=0)
-    assert "COMPLETE" in complete.stdout and "[########################################] 100%" in complete.stdout
+    assert "COMPLETE" in complete.stdout and f"[{40 * '#'}] 100%" in complete.stdout
 
 
 def test_it_watches_until_all_have_ended_and_rings_once_for_each_change(far, tmp_path):
-    processes = [start(JOB, tmp_path / str(i), 100 * i, env=env(PAUSE=0.02), stdout=subprocess.DEVNULL) for i in (1, 2)]
-    wait_for(lambda: all((tmp_path / str(i) / "PROGRESS.txt").exists() for i in (1, 2)), "both")
+    processes = [begin(tmp_path / str(i), 200 * i, PAUSE=0.02) for i in (1, 2)]
     done = monitor(far, "-i", 1, f"box:{tmp_path}", code=0)
     for process in processes:
         process.wait(timeout=30)
@@ -204,21 +243,19 @@ def test_it_watches_until_all_have_ended_and_rings_once_for_each_change(far, tmp
 
 
 def test_a_notification_goes_to_osascript_with_text_as_arguments(far, tmp_path):
-    stub = tmp_path / "stub"
-    stub.mkdir()
-    far.tool("osascript", f'printf "%s\\n" "$@" >> {shlex.quote(str(tmp_path / "said"))}', stub)
-    process = start(JOB, tmp_path / "run", 200, env=env(PAUSE=0.01), stdout=subprocess.DEVNULL)
-    wait_for(lambda: (tmp_path / "run" / "PROGRESS.txt").exists(), "the start")
-    monitor(far, "-i", 1, tmp_path, code=0, PATH=f"{stub}:{far.bin}:/usr/bin:/bin")
+    said = shlex.quote(str(tmp_path / "said"))
+    stub = far.stub(tmp_path, "osascript", f'printf "%s\\n" "$@" >> {said}')
+    process = begin(tmp_path / "run", 200, PAUSE=0.01)
+    monitor(far, "-i", 1, tmp_path, code=0, **stub)
     process.wait(timeout=30)
     said = (tmp_path / "said").read_text().splitlines()
-    assert said.count("COMPLETE") == 1 and said[-3:] == ["--", "COMPLETE", f"{tmp_path}/run was RUNNING"]
+    assert said.count("COMPLETE") == 1
+    assert said[-3:] == ["--", "COMPLETE", f"{tmp_path}/run was RUNNING"]
 
 
 @pytest.mark.parametrize("reaped", [True, False], ids=["gone", "a zombie"])
 def test_dead_at_once_after_sigkill_where_the_process_is_known_to_be_gone(far, tmp_path, reaped):
-    process = start(JOB, tmp_path, 10**6, env=env(PAUSE=0.01), stdout=subprocess.DEVNULL)
-    wait_for(lambda: (tmp_path / "PROGRESS.txt").exists(), "the start")
+    process = begin(tmp_path, 10**6, PAUSE=0.01)
     running = monitor(far, "-1", f"box:{tmp_path}", code=4).stdout
     assert f"PID {process.pid} on {socket.gethostname()}; to stop it: kill {process.pid}" in running
     if reaped:
@@ -228,19 +265,18 @@ def test_dead_at_once_after_sigkill_where_the_process_is_known_to_be_gone(far, t
         time.sleep(0.2)
     done = monitor(far, "-1", f"box:{tmp_path}", code=1)
     process.wait()
-    assert word(done) == "DEAD" and "start it again" in done.stdout and "to stop it" not in done.stdout
+    assert word(done) == "DEAD" and "start it again" in done.stdout
+    assert "to stop it" not in done.stdout
 
 
 def test_a_run_that_ends_while_it_is_looked_at_is_not_called_dead(far, tmp_path):
     """The file says RUNNING when it is read, COMPLETE when its process is found to be gone."""
-    stub = tmp_path / "stub"
-    stub.mkdir()
     place = shlex.quote(str(tmp_path / "run" / "PROGRESS.txt"))
+    stub = far.stub(tmp_path, "ps", f"sed -i s/RUNNING/COMPLETE/ {place}; echo Z")
     gone = subprocess.Popen(["sleep", "60"])
     progress_file(tmp_path / "run", PID=gone.pid)
     gone.kill()   # a zombie, whose last word comes between the two looks
-    far.tool("ps", f"sed -i s/RUNNING/COMPLETE/ {place}; echo Z", stub)
-    done = monitor(far, "-1", tmp_path / "run", code=0, PATH=f"{stub}:{far.bin}:/usr/bin:/bin")
+    done = monitor(far, "-1", tmp_path / "run", code=0, **stub)
     gone.wait()
     assert word(done) == "COMPLETE"
 
@@ -253,26 +289,33 @@ def test_dead_although_its_process_number_belongs_to_another_now(far, tmp_path):
     assert word(done) == "DEAD" and "belongs to another" in done.stdout
 
 
+def seen(far, directory, words):
+    """What the monitor says once it says `words`."""
+    def look():
+        done = monitor(far, "-1", f"box:{directory}")
+        return done if words in done.stdout else None
+    return wait_for(look, words, 30)
+
+
 def test_stalled_when_the_work_hangs_and_when_the_process_is_stopped(far, tmp_path):
-    options = '{"heartbeat": 0.5, "stall_after": 1}'
-    process = start(JOB, tmp_path, 100, env=env(HANG_AT=5, RUN_OPTIONS=options), stdout=subprocess.DEVNULL)
-    wait_for(lambda: read_progress(tmp_path / "PROGRESS.txt").get("Status") == "STALLED", "the hang", 20)
-    done = monitor(far, "-1", f"box:{tmp_path}", code=4)
-    assert word(done) == "STALLED" and "has not moved for" in done.stdout
+    process = begin(tmp_path, 100, HANG_AT=5, RUN_OPTIONS='{"heartbeat": 0.5, "stall_after": 1}')
+    done = seen(far, tmp_path, "has not moved for")
+    assert word(done) == "STALLED" and done.returncode == 4
     process.send_signal(signal.SIGSTOP)
-    done = wait_for(lambda: (lambda d: d if "no heartbeat" in d.stdout else None)(monitor(far, "-1", f"box:{tmp_path}")), "it", 30)
+    done = seen(far, tmp_path, "no heartbeat")
     kill(process)
     assert word(done) == "STALLED"
 
 
 def test_failed_shows_its_error_and_interrupted_is_said(far, tmp_path):
-    start(JOB, tmp_path / "a", 100, env=env(FAIL_AT=25), stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL).wait(30)
-    process = start(JOB, tmp_path / "b", 10**6, env=env(PAUSE=0.01), stdout=subprocess.DEVNULL)
-    wait_for(lambda: (tmp_path / "b" / "PROGRESS.txt").exists(), "the start")
+    failing = begin(tmp_path / "a", 100, FAIL_AT=25, PAUSE=0.01)
+    process = begin(tmp_path / "b", 10**6, PAUSE=0.01)
     process.terminate()
     process.wait(timeout=30)
-    done = monitor(far, f"box:{tmp_path}", code=1)   # without -1: all have ended
-    assert "a: FAILED ValueError: step 25 is wrong in two lines" in done.stdout and "b: INTERRUPTED" in done.stdout
+    failing.wait(timeout=30)
+    done = monitor(far, f"box:{tmp_path}", code=1).stdout   # without -1: all have ended
+    assert "a: FAILED ValueError: step 25 is wrong in two lines" in done
+    assert "b: INTERRUPTED" in done
 
 
 @pytest.mark.parametrize("host", ["closed", "silent"])
@@ -284,29 +327,26 @@ def test_unreachable_is_exit_code_3_and_bounded_in_time(far, tmp_path, host):
 
 def test_a_far_side_that_freezes_does_not_freeze_the_monitor(far, tmp_path):
     progress_file(tmp_path)
-    stub = tmp_path / "stub"
-    stub.mkdir()
-    far.tool("ssh", "sleep 1000", stub)
-    done = monitor(far, "-1", f"box:{tmp_path}", code=3, MONITOR_TIMEOUT=2, PATH=f"{stub}:{far.bin}:/usr/bin:/bin")
+    stub = far.stub(tmp_path, "ssh", "sleep 1000")
+    done = monitor(far, "-1", f"box:{tmp_path}", code=3, MONITOR_TIMEOUT=2, **stub)
     assert word(done) == "UNREACHABLE"
 
 
 def test_unreachable_is_not_death_the_last_state_stays_with_its_age_and_it_recovers(far, tmp_path):
-    process = start(JOB, tmp_path / "run", 10**6, env=env(PAUSE=0.02), stdout=subprocess.DEVNULL)
-    wait_for(lambda: (tmp_path / "run" / "PROGRESS.txt").exists(), "the start")
-    stub, down = tmp_path / "stub", tmp_path / "down"
-    stub.mkdir()
-    far.tool("ssh", f'[ -e {down} ] && {{ echo "connect to host: Network is unreachable" >&2; exit 255; }}; exec {far.bin}/ssh "$@"',
-             stub)
+    process = begin(tmp_path / "run", 10**6, PAUSE=0.02)
+    down = tmp_path / "down"
+    stub = far.stub(tmp_path, "ssh", f"""
+        [ ! -e {down} ] || {{ echo "connect to host: Network is unreachable" >&2; exit 255; }}
+        exec {far.bin}/ssh "$@" """)
     with open(tmp_path / "screen", "w+") as screen:
-        watcher = subprocess.Popen(["bash", MONITOR, "-i", "1", f"box:{tmp_path}"], stdout=screen, stderr=screen,
-                                   env=far.env(PATH=f"{stub}:{far.bin}:/usr/bin:/bin"))
-        text = lambda: (tmp_path / "screen").read_text()   # noqa: E731
+        watcher = behind(far, MONITOR, "-i", 1, f"box:{tmp_path}", variables=stub, stdout=screen)
+        text = (tmp_path / "screen").read_text
         wait_for(lambda: "RUNNING" in text(), "RUNNING")
         down.touch()
         wait_for(lambda: text().count("UNREACHABLE") >= 2, "UNREACHABLE twice")
         lost = text()[text().index("UNREACHABLE"):]
-        assert "last known: RUNNING" in lost and "Network is unreachable" in lost and "Progress: " in lost
+        assert "last known: RUNNING" in lost and "Progress: " in lost
+        assert "Network is unreachable" in lost
         assert text().count("\a") == 1, "one notification for the change, none for the next look"
         down.unlink()
         wait_for(lambda: "run: RUNNING" in text()[text().rindex("UNREACHABLE"):], "recovery", 30)
@@ -318,8 +358,8 @@ def test_unreachable_is_not_death_the_last_state_stays_with_its_age_and_it_recov
 def test_a_laptop_that_slept_looks_again_before_it_judges(far, tmp_path):
     progress_file(tmp_path / "run")
     with open(tmp_path / "screen", "w+") as screen:
-        watcher = subprocess.Popen(["bash", MONITOR, "-i", "600", f"box:{tmp_path}"], stdout=screen, env=far.env())
-        text = lambda: (tmp_path / "screen").read_text()   # noqa: E731
+        watcher = behind(far, MONITOR, "-i", 600, f"box:{tmp_path}", stdout=screen)
+        text = (tmp_path / "screen").read_text
         wait_for(lambda: text().count("RUNNING") == 1, "the first look")
         watcher.send_signal(signal.SIGSTOP)
         time.sleep(18)
@@ -330,16 +370,19 @@ def test_a_laptop_that_slept_looks_again_before_it_judges(far, tmp_path):
 
 
 def test_ages_are_those_of_the_remote_clock_when_the_laptops_is_an_hour_off(far, tmp_path):
-    stub = tmp_path / "stub"
-    stub.mkdir()
-    far.tool("date", f'[ "$*" = +%s ] && exec echo $(($({shutil.which("date")} +%s) + 3600)); exec {shutil.which("date")} "$@"', stub)
+    date = shutil.which("date")
+    stub = far.stub(tmp_path, "date", f"""
+        [ "$*" != +%s ] || exec echo $(($({date} +%s) + 3600))
+        exec {date} "$@" """)
     progress_file(tmp_path / "run", Heartbeat=int(time.time()) - 12)
-    done = monitor(far, "-1", f"box:{tmp_path}", code=4, PATH=f"{stub}:{far.bin}:/usr/bin:/bin")
-    assert word(done) == "RUNNING" and re.search(r"written 1[2-9] s before it was fetched, fetched [0-5] s ago", done.stdout)
+    done = monitor(far, "-1", f"box:{tmp_path}", code=4, **stub)
+    assert word(done) == "RUNNING"
+    assert re.search(r"written 1[2-9] s before it was fetched, fetched [0-5] s ago", done.stdout)
 
 
-@pytest.mark.parametrize("content", [b"", b"\0" * 1000, os.urandom(5000), b"x" * (50 << 20), b"Status\nHeartbeat: \n",
-                                     b"A job\nStatus: COMPLETELY\n", b"A job\nProgress: 1/1 (100%)\nNote: COMPLETE\n"])
+@pytest.mark.parametrize("content", [
+    b"", b"\0" * 1000, os.urandom(5000), b"x" * (50 << 20), b"Status\nHeartbeat: \n",
+    b"A job\nStatus: COMPLETELY\n", b"A job\nProgress: 1/1 (100%)\nNote: COMPLETE\n"])
 def test_a_progress_file_that_is_none_is_called_so_and_is_not_complete(far, tmp_path, content):
     (tmp_path / "PROGRESS.txt").write_bytes(content)
     done = monitor(far, "-1", f"box:{tmp_path}", code=4)
@@ -352,16 +395,21 @@ def test_only_the_status_line_decides(far, tmp_path):
 
 
 def test_nothing_from_the_remote_file_runs_or_garbles_the_screen(far, tmp_path):
-    nasty = "\x1b[2J\x1b]0;title\x07 $(touch %s/pwned) `touch %s/pwned` %%s%%n \\033[31m; rm -rf /" % (tmp_path, tmp_path)
+    touch = f"touch {tmp_path}/pwned"
+    nasty = f"\x1b[2J\x1b]0;title\x07 $({touch}) `{touch}` %s%n \\033[31m; rm -rf /"
     directory = tmp_path / "a $(touch pwned) 'b\" %s"
-    progress_file(directory, Note=nasty, Progress="9999999999999999999999/1 x (999999999999999%)", Heartbeat="9" * 30,
-                  Advanced="08", Interval="-1 s")
+    progress_file(directory, Note=nasty, Progress="9999999999999999999999/1 x (999999999999999%)",
+                  Heartbeat="9" * 30, Advanced="08", Interval="-1 s")
     done = monitor(far, "-1", f"box:{tmp_path}", code=4)
-    assert "\x1b" not in done.stdout and "\x07" not in done.stdout and not list(tmp_path.rglob("pwned"))
+    assert "\x1b" not in done.stdout and "\x07" not in done.stdout
+    assert not list(tmp_path.rglob("pwned"))
     assert "$(touch pwned) 'b\" %s: " in done.stdout
 
 
-@pytest.mark.parametrize("name", ["with space", "quo'te", 'dou"ble', "dollar$HOME", "semi;colon", "star*", "back\\slash", "-dash"])
+NAMES = ["with space", "quo'te", 'dou"ble', "dollar$HOME", "semi;colon", "star*"]
+
+
+@pytest.mark.parametrize("name", [*NAMES, "back\\slash", "-dash"])
 def test_a_path_is_only_a_name(far, tmp_path, name):
     progress_file(tmp_path / name, Status="COMPLETE")
     for target in (f"box:{tmp_path / name}", str(tmp_path / name)):
@@ -373,12 +421,14 @@ def test_a_local_directory_and_several_targets_and_remote_from_the_environment(f
     progress_file(tmp_path / "b", Status="FAILED", Error="it broke")
     done = monitor(far, "-1", tmp_path / "a", f"box:{tmp_path / 'b'}", code=1)
     assert "a: COMPLETE" in done.stdout and "b: FAILED it broke" in done.stdout
-    assert "COMPLETE" in monitor(far, "-1", code=0, REMOTE=f"box:{tmp_path / 'a'}", SSH_KEY=far.place / "user").stdout
+    done = monitor(far, "-1", code=0, REMOTE=f"box:{tmp_path / 'a'}", SSH_KEY=far.place / "user")
+    assert "COMPLETE" in done.stdout
 
 
 @pytest.mark.parametrize("arguments, words", [
-    ([], "usage"), (["-x"], "usage"), (["-i", "soon", "."], "number of seconds"), (["-i", "0", "."], "number of seconds"),
-    (["-k", "/nowhere", "."], "no key"), (["/nowhere"], "no such directory"), (["box:/nowhere"], "no such directory"),
+    ([], "usage"), (["-x"], "usage"), (["-i", "soon", "."], "number of seconds"),
+    (["-i", "0", "."], "number of seconds"), (["-k", "/nowhere", "."], "no key"),
+    (["/nowhere"], "no such directory"), (["box:/nowhere"], "no such directory"),
     (["--", "-oProxyCommand=x"], "not a directory")])
 def test_usage_errors_are_exit_code_2(far, arguments, words):
     done = monitor(far, *arguments, code=2)
@@ -386,41 +436,35 @@ def test_usage_errors_are_exit_code_2(far, arguments, words):
 
 
 def test_a_wrong_key_and_a_changed_host_key_say_what_to_type(far, tmp_path):
-    done = monitor(far, "-1", "-k", far.place / "stranger", f"box:{tmp_path}", code=2, **{"PATH": f"{only(far, tmp_path)}:/usr/bin:/bin"})
+    done = monitor(far, "-1", "-k", far.place / "stranger", f"box:{tmp_path}", code=2,
+                   **far.only(tmp_path))
     assert "ssh-copy-id" in done.stderr
     done = monitor(far, "-1", f"changed:{tmp_path}", code=2)
     assert "ssh-keygen -R changed" in done.stderr
 
 
-def only(far, place):
-    """A directory with an ssh that offers no key but the one it is given."""
-    stub = place / "only"
-    stub.mkdir(exist_ok=True)
-    config = (far.place / "ssh_config").read_text()
-    (stub / "config").write_text(re.sub(r" IdentityFile .*\n", "", config))
-    far.tool("ssh", f'exec {shutil.which("ssh")} -F {stub}/config "$@"', stub)
-    return stub
+def talking_to_silent():
+    """Our ssh that waits for host silent, if any."""
+    return subprocess.run(["pgrep", "-f", "silent sh -s"], capture_output=True, text=True).stdout
 
 
 def test_ctrl_c_in_mid_fetch_ends_at_once_with_130_and_leaves_no_process(far, tmp_path):
-    watcher = subprocess.Popen(["bash", MONITOR, f"silent:{tmp_path}"], env=far.env(TMPDIR=tmp_path), start_new_session=True,
-                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    mine = lambda: subprocess.run(["pgrep", "-f", "silent.*sh -s"], capture_output=True, text=True).stdout.split()   # noqa: E731
-    wait_for(mine, "the fetch")
+    watcher = behind(far, MONITOR, f"silent:{tmp_path}", variables={"TMPDIR": tmp_path},
+                     start_new_session=True)
+    wait_for(talking_to_silent, "the fetch")
     os.killpg(watcher.pid, signal.SIGINT)
     assert watcher.wait(timeout=5) == 130
-    wait_for(lambda: not mine(), "the end of ssh", 5)
+    wait_for(lambda: not talking_to_silent(), "the end of ssh", 5)
     assert not list(tmp_path.glob("monitor.*"))
 
 
 def test_it_waits_for_a_stage_that_is_about_to_appear_and_says_so(far, tmp_path):
     progress_file(tmp_path, Status="COMPLETE")
     with open(tmp_path / "screen", "w+") as screen:
-        watcher = subprocess.Popen(["bash", MONITOR, "-i", "3", f"box:{tmp_path}"], stdout=screen,
-                                   env=far.env())
-        text = lambda: (tmp_path / "screen").read_text()   # noqa: E731
+        watcher = behind(far, MONITOR, "-i", 3, f"box:{tmp_path}", stdout=screen)
+        text = (tmp_path / "screen").read_text
         wait_for(lambda: "One more look in 3 s" in text(), "the word")
-        process = start(JOB, tmp_path / "train", 300, env=env(PAUSE=0.02), stdout=subprocess.DEVNULL)
+        process = begin(tmp_path / "train", 300, PAUSE=0.02)
         assert watcher.wait(timeout=60) == 0
         process.wait(timeout=30)
     assert "train: RUNNING" in text() and "train: COMPLETE" in text()
@@ -442,8 +486,8 @@ def test_runs_that_fresh_has_put_aside_do_not_count(far, tmp_path):
 
 def test_the_end_is_told_in_minutes_and_on_the_readers_own_clock(far, tmp_path):
     eta = int(time.time()) + 764
-    progress_file(tmp_path, ETA=f"764 s ({time.strftime('%Y-%m-%d %H:%M:%S UTC', time.gmtime(eta))})",
-                  Elapsed="829 s")
+    utc = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(eta))
+    progress_file(tmp_path, ETA=f"764 s ({utc})", Elapsed="829 s")
     done = monitor(far, "-1", f"box:{tmp_path}", code=4, TZ="JST-9").stdout
     there = {time.strftime("%H:%M", time.gmtime(eta + 9 * 3600 + s)) for s in (0, 60)}
     assert re.search(r"ETA: 12 min, (at|on [-\d]+ at) (\d\d:\d\d)\n", done)[2] in there
@@ -463,16 +507,16 @@ def test_a_host_that_has_no_name_and_a_refused_port_are_said_as_ssh_says_them(fa
 
 
 def test_no_such_directory_says_where(far):
-    assert "/nowhere: no such directory\n" in monitor(far, "-1", "/nowhere", code=2).stderr
-    assert "box:/nowhere: no such directory on box\n" in monitor(far, "-1", "box:/nowhere", code=2).stderr
+    for target, words in (("/nowhere", "/nowhere: no such directory\n"),
+                          ("box:/nowhere", "box:/nowhere: no such directory on box\n")):
+        assert monitor(far, "-1", target, code=2).stderr.endswith(words)
 
 
 def test_a_leading_space_and_backslashes_in_a_path_stay(far, tmp_path):
     place = tmp_path / "back\\nslash"
     progress_file(place / " space" / "run")
     with open(tmp_path / "screen", "w+") as screen:
-        watcher = subprocess.Popen(["bash", MONITOR, "-i", "1", f"box:{place}"], stdout=screen,
-                                   env=far.env())
+        watcher = behind(far, MONITOR, "-i", 1, f"box:{place}", stdout=screen)
         wait_for(lambda: "RUNNING" in (tmp_path / "screen").read_text(), "RUNNING")
         progress_file(place / " space" / "run", Status="FAILED", Error="it broke")
         assert watcher.wait(timeout=30) == 1
@@ -507,10 +551,14 @@ def both(request, far, tmp_path):
     def either(target, *options, **more):
         last = [tmp_path / "here"] if request.param == "sync" else []
         command = [SYNC] if request.param == "sync" else [MONITOR, "-1"]
-        done = subprocess.run(["bash", *command, *map(str, options), target, *last],
-                              env=far.env(**more), capture_output=True, text=True, timeout=60)
+        done = call(far, *command, *options, target, *last, **more)
         return done.returncode, done.stdout + done.stderr
     return either
+
+
+def lock_up(key):
+    subprocess.run(["ssh-keygen", "-q", "-p", "-N", "secret", "-f", key], check=True,
+                   stdout=subprocess.DEVNULL)
 
 
 @pytest.mark.parametrize("key, words", [
@@ -520,13 +568,13 @@ def test_a_key_that_does_not_work_is_told_with_ssh_s_reason(far, tmp_path, both,
     for name in ("open", "locked", "stranger"):
         shutil.copy(far.place / ("stranger" if name == "stranger" else "user"), tmp_path / name)
         (tmp_path / name).chmod(0o600)
-    subprocess.run(["ssh-keygen", "-q", "-p", "-N", "secret", "-f", tmp_path / "locked"], check=True)
+    lock_up(tmp_path / "locked")
     (tmp_path / "open").chmod(0o644)
     shutil.copy(far.place / "user.pub", tmp_path / "open.pub")
     (tmp_path / "garbage").write_text("hello\n")
     (tmp_path / "garbage").chmod(0o600)
     progress_file(tmp_path / "there")
-    path = {"PATH": f"{only(far, tmp_path)}:/usr/bin:/bin"}
+    path = far.only(tmp_path)
     code, said = both(f"box:{tmp_path / 'there'}", "-k", tmp_path / key, **path)
     assert code == 2 and words.format(tmp_path / key) in said and len(said.splitlines()) == 1
     if key == "open":   # what it says is what helps
@@ -546,12 +594,11 @@ def test_a_locked_key_that_the_agent_holds_is_accepted(far, tmp_path, both):
     try:
         wait_for(socket_path.exists, "the agent")
         subprocess.run(["ssh-add", "-q", tmp_path / "key"], check=True, stderr=subprocess.DEVNULL,
-                       env=env(SSH_AUTH_SOCK=socket_path))
-        subprocess.run(["ssh-keygen", "-q", "-p", "-N", "secret", "-f", tmp_path / "key"], check=True,
-                       stdout=subprocess.DEVNULL)
+                       env={**os.environ, "SSH_AUTH_SOCK": str(socket_path)})
+        lock_up(tmp_path / "key")
         shutil.copy(far.place / "user.pub", tmp_path / "key.pub")
         code, said = both(f"box:{tmp_path / 'there'}", "-k", tmp_path / "key",
-                          SSH_AUTH_SOCK=socket_path, PATH=f"{only(far, tmp_path)}:/usr/bin:/bin")
+                          SSH_AUTH_SOCK=socket_path, **far.only(tmp_path))
     finally:
         agent.kill()
         agent.wait()
@@ -567,20 +614,18 @@ def test_what_to_type_for_a_changed_host_key_helps(far, tmp_path, both, port):
         f"Host ec2\n HostName 127.0.0.1\n Port {far.port}\n IdentityFile {far.place}/user\n"
         f" UserKnownHostsFile \"{known}\"\n GlobalKnownHostsFile /dev/null\n User root\n"
         + ("" if port else " HostKeyAlias renewed\n"))
-    stub = tmp_path / "stub"
-    stub.mkdir()
-    far.tool("ssh", f'exec {shutil.which("ssh")} -F {tmp_path}/config "$@"', stub)
+    stub = far.stub(tmp_path, "ssh", f'exec {shutil.which("ssh")} -F {tmp_path}/config "$@"')
     progress_file(tmp_path / "there", Status="COMPLETE")
-    path = {"PATH": f"{stub}:/usr/bin:/bin"}
-    code, said = both(f"ec2:{tmp_path / 'there'}", **path)
+    code, said = both(f"ec2:{tmp_path / 'there'}", **stub)
     assert code == 2 and "another host key" in said
     typed = re.search(r"type: (ssh-keygen -R .*?)    ", said)[1]
     subprocess.run(typed, shell=True, check=True, capture_output=True)
-    code, said = both(f"ec2:{tmp_path / 'there'}", **path)
+    code, said = both(f"ec2:{tmp_path / 'there'}", **stub)
     assert code == 0, said
 
 
-@pytest.mark.parametrize("target", ["box:22022:dir", "ssh://box:22022/dir", "[::1]:dir", "box::dir"])
+@pytest.mark.parametrize("target", [
+    "box:22022:dir", "ssh://box:22022/dir", "[::1]:dir", "box::dir"])
 def test_a_target_that_other_tools_take_is_told_where_ports_belong(both, target):
     code, said = both(target)
     assert code == 2 and "~/.ssh/config" in said and "'Port 22022'" in said
@@ -596,9 +641,9 @@ def test_names_that_a_dash_on_the_far_side_reads(far, tmp_path, both, name):
 
 
 def test_what_both_scripts_share_is_the_same_text():
-    shared = [re.search(r"# ---- shared with.*# ---- end of what is shared", script.read_text(), re.S)[0]
-              for script in (MONITOR, SYNC)]
-    assert shared[0] == shared[1] and len(shared[0]) > 1000
+    part = re.compile(r"# ---- shared with.*# ---- end of what is shared", re.S)
+    one, other = (part.search(script.read_text())[0] for script in (MONITOR, SYNC))
+    assert one == other and len(one) > 1000
 
 
 # -- sync
@@ -608,17 +653,22 @@ def same(a, b, names):
     return all(filecmp.cmp(a / name, b / name, shallow=False) for name in names)
 
 
+def shown(directory):
+    return sorted(p.name for p in directory.iterdir() if not p.name.startswith("."))
+
+
 def test_files_arrive_while_they_are_made_and_are_equal_at_the_end(far, tmp_path):
     there, here = tmp_path / "there", tmp_path / "here"
-    process = start("generate.py", "--n", 100000, "--every", 1000, "--out", there, stdout=subprocess.DEVNULL)
+    process = start("generate.py", "--n", 100000, "--every", 1000, "--out", there,
+                    stdout=subprocess.DEVNULL)
     wait_for(lambda: (there / "PROGRESS.txt").exists(), "the start")
     assert "there: RUNNING" in monitor(far, "-1", f"box:{there}", code=4).stdout
     while process.poll() is None:
         sync(far, f"box:{there}", here)
         assert not list(here.glob("*.tmp")) and not (here / ".lock").exists()
     sync(far, f"box:{there}", here)
-    names = sorted(p.name for p in there.iterdir() if not p.name.startswith("."))
-    assert sorted(p.name for p in here.iterdir() if not p.name.startswith(".")) == names and same(there, here, names)
+    names = shown(there)
+    assert shown(here) == names and same(there, here, names)
     assert read_progress(here / "PROGRESS.txt")["Status"] == "COMPLETE"
     assert checkpointing.verify([here]) == 0
     assert "there: COMPLETE" in monitor(far, "-1", f"box:{there}", code=0).stdout
@@ -627,8 +677,9 @@ def test_files_arrive_while_they_are_made_and_are_equal_at_the_end(far, tmp_path
 def test_a_real_training_seen_from_running_to_complete_and_copied_whole(far, tmp_path):
     there, here = tmp_path / "there", tmp_path / "here"
     run("generate.py", "--n", 200, "--out", there)
-    process = start("train_magvit.py", "--data", there, "--out", there / "train", "--epochs", 2, "--device", "cpu",
-                    "--heartbeat", 1, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = start("train_magvit.py", "--data", there, "--out", there / "train", "--epochs", 2,
+                    "--device", "cpu", "--heartbeat", 1, stdout=subprocess.DEVNULL,
+                    stderr=subprocess.DEVNULL)
     wait_for(lambda: (there / "train" / "PROGRESS.txt").exists(), "the training", 60)
     seen = monitor(far, "-1", f"box:{there}")
     assert "there/train: RUNNING" in seen.stdout and "there: COMPLETE" in seen.stdout
@@ -637,14 +688,16 @@ def test_a_real_training_seen_from_running_to_complete_and_copied_whole(far, tmp
     process.wait(timeout=30)
     assert "train: COMPLETE" in done.stdout
     sync(far, f"box:{there}", here)
-    assert same(there / "train", here / "train", ["best_model.pt", "final_model.pt", "metrics.json", "PROGRESS.txt"])
+    names = ["best_model.pt", "final_model.pt", "metrics.json", "PROGRESS.txt"]
+    assert same(there / "train", here / "train", names)
     assert checkpointing.verify([here]) == 0
 
 
 def test_it_copies_results_only_and_deletes_nothing(far, tmp_path):
     there, here = tmp_path / "there", tmp_path / "here"
     progress_file(there)
-    for name in ("checkpoint_00000.npz", "dataset.npz", ".lock", ".reserve", "x.tmp", ".x.npz.12-abcdef01.tmp", "a.npz.corrupt"):
+    for name in ("checkpoint_00000.npz", "dataset.npz", ".lock", ".reserve", "x.tmp",
+                 ".x.npz.12-abcdef01.tmp", "a.npz.corrupt"):
         (there / name).write_bytes(b"content")
     here.mkdir()
     (here / "mine.txt").write_text("mine")
@@ -699,13 +752,18 @@ def test_an_old_whole_file_stays_until_the_new_one_is_whole(far, tmp_path):
     assert (here / "checkpoint_00000.npz").read_bytes() == b"old"
 
 
+def in_flight(here):
+    """Files of which more than 1 MB has arrived, and not yet all."""
+    return [p for p in here.glob(".checkpoint*") if p.stat().st_size > 1 << 20]
+
+
 def test_sshd_stopped_in_mid_transfer_is_noticed(far, tmp_path):
     there, here = tmp_path / "there", tmp_path / "here"
     big(there, 300)
-    copier = subprocess.Popen(["bash", SYNC, f"box:{there}", here], env=far.env(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                              text=True)
-    wait_for(lambda: here.exists() and any(p.stat().st_size > 1 << 20 for p in here.glob(".checkpoint*")), "the transfer")
-    sessions = subprocess.run(["pgrep", "-P", str(far.sshd.pid)], capture_output=True, text=True).stdout.split()
+    copier = behind(far, SYNC, f"box:{there}", here)
+    wait_for(lambda: in_flight(here), "the transfer")
+    sessions = subprocess.run(["pgrep", "-P", str(far.sshd.pid)], capture_output=True,
+                              text=True).stdout.split()
     for pid in sessions:
         os.kill(int(pid), signal.SIGSTOP)
     try:
@@ -719,8 +777,9 @@ def test_sshd_stopped_in_mid_transfer_is_noticed(far, tmp_path):
 
 
 @pytest.mark.parametrize("host, code, words", [
-    ("closed", 75, "the next run goes on"), ("silent", 75, "the next run goes on"), ("changed", 2, "ssh-keygen -R changed"),
-    ("norsync", 2, "no rsync on norsync"), ("banner", 2, "prints text at login")])
+    ("closed", 75, "the next run goes on"), ("silent", 75, "the next run goes on"),
+    ("changed", 2, "ssh-keygen -R changed"), ("norsync", 2, "no rsync on norsync"),
+    ("banner", 2, "prints text at login")])
 def test_each_trouble_has_its_exit_code_and_says_what_to_do(far, tmp_path, host, code, words):
     progress_file(tmp_path / "there")
     assert words in sync(far, f"{host}:{tmp_path / 'there'}", tmp_path / "here", code=code)
@@ -728,14 +787,14 @@ def test_each_trouble_has_its_exit_code_and_says_what_to_do(far, tmp_path, host,
 
 def test_a_wrong_key_and_wrong_arguments_are_settings(far, tmp_path):
     progress_file(tmp_path / "there")
-    path = f"{only(far, tmp_path)}:/usr/bin:/bin"
-    assert "does not accept the key" in sync(far, "-k", far.place / "stranger", f"box:{tmp_path / 'there'}", tmp_path / "here",
-                                             code=2, PATH=path)
-    sync(far, "-k", far.place / "user", f"box:{tmp_path / 'there'}", tmp_path / "here", PATH=path)
+    path, there, here = far.only(tmp_path), f"box:{tmp_path / 'there'}", tmp_path / "here"
+    line = sync(far, "-k", far.place / "stranger", there, here, code=2, **path)
+    assert "does not accept the key" in line
+    sync(far, "-k", far.place / "user", there, here, **path)
     assert "no key" in sync(far, "-k", "/nowhere", "box:x", tmp_path / "here", code=2)
     assert "no such directory" in sync(far, "box:/nowhere", tmp_path / "here", code=2)
     for arguments in ([], ["one"], ["-x"]):
-        assert subprocess.run(["bash", SYNC, *arguments], env=far.env(), capture_output=True).returncode == 2
+        assert call(far, SYNC, *arguments).returncode == 2
 
 
 def test_a_full_disk_here_is_exit_code_1_and_the_next_run_goes_on(far, tmp_path, small_disk):
@@ -763,8 +822,7 @@ def test_a_local_directory_that_cannot_be_written_is_exit_code_1(far, tmp_path, 
 def test_eight_at_once_are_one_that_works_and_seven_that_leave_quietly(far, tmp_path):
     there, here = tmp_path / "there", tmp_path / "here"
     big(there, 100)
-    copiers = [subprocess.Popen(["bash", SYNC, f"box:{there}", here], env=far.env(), stdout=subprocess.PIPE,
-                                stderr=subprocess.STDOUT, text=True) for _ in range(8)]
+    copiers = [behind(far, SYNC, f"box:{there}", here) for _ in range(8)]
     outputs = [copier.communicate(timeout=60)[0] for copier in copiers]
     assert [copier.returncode for copier in copiers] == [0] * 8
     assert sum("new files" in output for output in outputs) == 1 and outputs.count("") == 7
@@ -782,66 +840,66 @@ def test_a_lock_file_of_a_dead_process_or_with_anothers_number_does_not_block(fa
     assert "new files" in sync(far, f"box:{tmp_path / 'there'}", here)
 
 
-@pytest.mark.parametrize("name", ["with space", "quo'te", 'dou"ble', "dollar$HOME", "semi;colon", "star*", "a`b`", "(paren)", "ä"])
+@pytest.mark.parametrize("name", [*NAMES, "a`b`", "(paren)", "\u00e4", "back\\slash", "[ab]"])
 def test_names_with_shell_characters_are_only_names_here_and_there(far, tmp_path, name):
     progress_file(tmp_path / name)
     (tmp_path / name / f"checkpoint {name}.npz").write_text("x")
     (tmp_path / name / "checkpoint_1.npz").write_text("x")
     here = tmp_path / "here" / name
     sync(far, f"box:{tmp_path / name}", here)
-    assert same(tmp_path / name, here, ["checkpoint_1.npz", "PROGRESS.txt", f"checkpoint {name}.npz"])
+    names = ["checkpoint_1.npz", "PROGRESS.txt", f"checkpoint {name}.npz"]
+    assert same(tmp_path / name, here, names)
     sync(far, str(tmp_path / name), tmp_path / "local" / name)
     assert same(tmp_path / name, tmp_path / "local" / name, ["checkpoint_1.npz", "PROGRESS.txt"])
 
 
 def test_it_needs_nothing_from_the_environment(far, tmp_path):
     progress_file(tmp_path / "there")
-    done = subprocess.run(["env", "-i", f"PATH={far.bin}:/usr/bin:/bin", "/bin/bash", SYNC, f"box:{tmp_path / 'there'}",
-                           tmp_path / "here"], capture_output=True, text=True)
+    bare = ["env", "-i", f"PATH={far.bin}:/usr/bin:/bin", "/bin/bash", SYNC]
+    done = subprocess.run([*bare, f"box:{tmp_path / 'there'}", tmp_path / "here"],
+                          capture_output=True, text=True)
     assert done.returncode == 0 and (tmp_path / "here" / "PROGRESS.txt").exists(), done.stderr
 
 
 def test_it_works_with_an_rsync_that_rejects_what_openrsync_rejects(far, tmp_path):
-    stub = tmp_path / "stub"
-    stub.mkdir()
-    rejected = "--info|--append-verify|--mkpath|--protect-args|-s|--ignore-missing-args|--no-inc-recursive|--log-file"
-    allowed = ("-a -r -t -rt -z -i -I -c -e --stats --progress --out-format --partial --partial-dir --delay-updates --bwlimit "
-               "--checksum --chmod --exclude --include --filter --max-size --temp-dir --prune-empty-dirs")
-    far.tool("rsync", f"""
-        for a do case $a in {'|'.join(f"{r}|{r}=*" for r in rejected.split('|'))}) echo "rsync: unrecognized option $a" >&2; exit 1 ;;
-            -*) case " {allowed} " in *" ${{a%%=*}} "*) ;; *) echo "rsync: not measured on openrsync: $a" >&2; exit 1 ;; esac ;;
-        esac; done; exec {shutil.which('rsync')} "$@" """, stub)
+    rejected = ("--info --append-verify --mkpath --protect-args -s --ignore-missing-args "
+                "--no-inc-recursive --log-file")
+    allowed = ("-a -r -t -rt -z -i -I -c -e --stats --progress --out-format --partial "
+               "--partial-dir --delay-updates --bwlimit --checksum --chmod --exclude --include "
+               "--filter --max-size --temp-dir --prune-empty-dirs")
+    stub = far.stub(tmp_path, "rsync", f"""
+        for a do
+            case " {rejected} " in *" ${{a%%=*}} "*)
+                echo "rsync: unrecognized option $a" >&2; exit 1 ;; esac
+            case $a in -*) case " {allowed} " in *" ${{a%%=*}} "*) ;; *)
+                echo "rsync: not measured on openrsync: $a" >&2; exit 1 ;; esac ;; esac
+        done
+        exec {shutil.which('rsync')} "$@" """)
     progress_file(tmp_path / "there", Status="COMPLETE")
     (tmp_path / "there" / "checkpoint_1.npz").write_text("x")
-    sync(far, f"box:{tmp_path / 'there'}", tmp_path / "here", PATH=f"{stub}:{far.bin}:/usr/bin:/bin")
+    sync(far, f"box:{tmp_path / 'there'}", tmp_path / "here", **stub)
     assert same(tmp_path / "there", tmp_path / "here", ["checkpoint_1.npz", "PROGRESS.txt"])
 
 
 def test_ctrl_c_and_sigterm_leave_no_process_behind(far, tmp_path):
     for number, code in ((signal.SIGINT, 130), (signal.SIGTERM, 143)):
-        copier = subprocess.Popen(["bash", SYNC, f"silent:{tmp_path}", tmp_path / "here"], env=far.env(), start_new_session=True,
-                                  stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        mine = lambda: subprocess.run(["pgrep", "-f", "silent sh -s"], capture_output=True, text=True).stdout   # noqa: E731
-        wait_for(mine, "the transfer")
+        copier = behind(far, SYNC, f"silent:{tmp_path}", tmp_path / "here", start_new_session=True)
+        wait_for(talking_to_silent, "the transfer")
         os.killpg(copier.pid, number)
         assert copier.wait(timeout=5) == code
-        wait_for(lambda: not mine(), "the end of ssh", 5)
+        wait_for(lambda: not talking_to_silent(), "the end of ssh", 5)
 
 
 def test_a_run_is_bounded_in_time(far, tmp_path):
-    stub = tmp_path / "stub"
-    stub.mkdir()
-    far.tool("ssh", "sleep 1000", stub)
-    copier = subprocess.Popen(["bash", SYNC, f"box:{tmp_path}", tmp_path / "here"], text=True, stdout=subprocess.PIPE,
-                              stderr=subprocess.STDOUT, env=far.env(PATH=f"{stub}:{far.bin}:/usr/bin:/bin", SYNC_SECONDS=3))
-    output = copier.communicate(timeout=30)[0]
-    assert copier.returncode == 75 and "not finished after 3 s" in output
+    stub = far.stub(tmp_path, "ssh", "sleep 1000")
+    line = sync(far, f"box:{tmp_path}", tmp_path / "here", code=75, SYNC_SECONDS=3, **stub)
+    assert "not finished after 3 s" in line
 
 
 def test_both_run_bare_with_remote_and_key_from_the_environment(far, tmp_path):
     progress_file(tmp_path / "there", Status="COMPLETE")
-    more = {"REMOTE": f"box:{tmp_path / 'there'}", "SSH_KEY": far.place / "user", "HOME": tmp_path / "home",
-            "PATH": f"{only(far, tmp_path)}:/usr/bin:/bin"}
+    more = {"REMOTE": f"box:{tmp_path / 'there'}", "SSH_KEY": far.place / "user",
+            "HOME": tmp_path / "home", **far.only(tmp_path)}
     monitor(far, "-1", code=0, **more)
     sync(far, **more)
     assert same(tmp_path / "there", tmp_path / "home" / "results", ["PROGRESS.txt"])
@@ -851,11 +909,9 @@ def test_both_run_bare_with_remote_and_key_from_the_environment(far, tmp_path):
 
 
 def openrsync(far, tmp_path, rate):
-    """Options for sync(): PATH with an rsync like openrsync, which sends `rate` bytes a second."""
-    stub = tmp_path / "stub"
-    stub.mkdir()
-    far.tool("rsync", f'exec {sys.executable} {ROOT}/tests/openrsync.py "$@"', stub)
-    return {"PATH": f"{stub}:{far.bin}:/usr/bin:/bin", "RATE": rate, "SENT": tmp_path / "sent"}
+    """Variables for a script: PATH with an rsync like openrsync, of `rate` bytes a second."""
+    stub = far.stub(tmp_path, "rsync", f'exec {sys.executable} {ROOT}/tests/openrsync.py "$@"')
+    return {**stub, "RATE": rate, "SENT": tmp_path / "sent"}
 
 
 def hidden(here):
@@ -874,8 +930,7 @@ def test_with_openrsync_the_limit_in_mid_file_loses_nothing_of_it(far, tmp_path)
     for _ in range(5):
         if (here / "checkpoint_00000.npz").exists():
             break
-        done = subprocess.run(["bash", SYNC, there, here], capture_output=True, text=True,
-                              env=far.env(SYNC_SECONDS=2, **like_a_mac))
+        done = call(far, SYNC, there, here, SYNC_SECONDS=2, **like_a_mac)
         assert done.returncode in (0, 75), done.stderr
     assert same(there, here, ["checkpoint_00000.npz"]) and not hidden(here)
     assert sum(map(int, (tmp_path / "sent").read_text().split())) == 6 << 20, "each byte once"
@@ -895,24 +950,37 @@ def test_with_the_rsync_of_this_machine_too(far, tmp_path):
     assert same(there, here, ["checkpoint_00000.npz"]) and not hidden(here)
 
 
+def users(path):
+    return subprocess.run(["lsof", "-t", path], capture_output=True, text=True).stdout
+
+
 def test_debris_of_a_killed_transfer_is_used_by_the_next(far, tmp_path):
     there, here = tmp_path / "there", tmp_path / "here"
     big(there, 4)
     like_a_mac = openrsync(far, tmp_path, 1 << 20)
-    copier = subprocess.Popen(["bash", SYNC, there, here], env=far.env(**like_a_mac),
-                              start_new_session=True, stdout=subprocess.DEVNULL)
-    debris = wait_for(lambda: [p for p in here.glob(".checkpoint*") if p.stat().st_size > 1 << 20],
-                      "the transfer")
-    os.kill(copier.pid, signal.SIGKILL)
+    copier = behind(far, SYNC, there, here, variables=like_a_mac, stdout=subprocess.DEVNULL)
+    debris = wait_for(lambda: in_flight(here), "the transfer")[0]
+    copier.kill()
     copier.wait()
-    sync(far, there, here)                       # another sync is at it: what outlived ours
-    assert debris[0].exists()
-    transfer = subprocess.run(["lsof", "-t", debris[0]], capture_output=True, text=True).stdout
+    sync(far, there, here)   # what outlived it still has the lock: nothing is touched
+    assert debris.exists()
+    transfer = users(debris)
     os.kill(int(transfer), signal.SIGKILL)
-    wait_for(lambda: not subprocess.run(["lsof", "-t", debris[0]], capture_output=True).stdout, "its end")
+    wait_for(lambda: not users(debris), "its end")
     wait_for(lambda: "new files" in sync(far, there, here, **like_a_mac), "the lock", 10)
     assert same(there, here, ["checkpoint_00000.npz"]) and not hidden(here)
     assert sum(map(int, (tmp_path / "sent").read_text().split())) == 4 << 20, "each byte once"
+
+
+def hidden_from_bash(tmp_path, *names):
+    """A file for BASH_ENV: these programs are not there for `command -v`, and fail if called."""
+    hide = tmp_path / "hide"
+    hide.write_text("".join(f"{name}() {{ exit 9; }}\n" for name in names) + """
+        command() {
+            case "$*" in %s) return 1 ;; esac
+            builtin command "$@"
+        }""" % " | ".join(f'"-v {name}"' for name in names))
+    return hide
 
 
 @pytest.mark.parametrize("lsof", [True, False], ids=["lsof", "proc"])
@@ -924,17 +992,7 @@ def test_debris_of_a_living_transfer_and_files_of_others_stay(far, tmp_path, lso
     mine = [here / ".notes.A1b2c3", here / ".dataset.npz.backup", here / ".bashrc"]
     for path in mine:
         path.write_text("mine")
-    path = {}
-    if not lsof:   # all the tools there are, but that one
-        tools = tmp_path / "tools"
-        tools.mkdir()
-        for directory in ("/usr/bin", "/bin"):
-            for tool in Path(directory).iterdir():
-                if tool.name != "lsof" and not (tools / tool.name).exists():
-                    (tools / tool.name).symlink_to(tool)
-        bash_env = tmp_path / "hide"   # PATH gets /usr/bin behind: a function hides lsof there
-        bash_env.write_text('command() { case "$*" in "-v lsof") return 1 ;; esac; builtin command "$@"; }')
-        path = {"BASH_ENV": bash_env}
+    path = {} if lsof else {"BASH_ENV": hidden_from_bash(tmp_path, "lsof")}
     with open(here / ".dataset.npz.A1b2c3d4e5", "w") as living:
         living.write("half")
         living.flush()
@@ -964,8 +1022,8 @@ def test_results_come_before_what_only_a_restart_needs(far, tmp_path):
     job(there / "train", 50)
     run("generate.py", "--n", 200, "--every", 100, "--out", there)
     content = {"report.html": 1, "report.png": 1, "train/best_model.pt": 2, "train/metrics.json": 3,
-               "train/history.json": 3, "train/evaluation/metrics.json": 3, "train/samples/one.png": 3,
-               "train/samples.npz": 4, "dataset.npz": 4}
+               "train/history.json": 3, "train/evaluation/metrics.json": 3,
+               "train/samples/one.png": 3, "train/samples.npz": 4, "dataset.npz": 4}
     for name in content:
         (there / name).parent.mkdir(exist_ok=True)
         (there / name).write_bytes(os.urandom(1000))
@@ -1004,12 +1062,11 @@ def test_an_older_state_goes_only_once_a_newer_one_is_verified_here(far, tmp_pat
         job(there, total)
         if total < 100:
             sync(far, there, here)
-    stub = tmp_path / "stub"
-    stub.mkdir()
     newest = shlex.quote(str(here / "checkpoint_00100.json"))
-    far.tool("rsync", f"""{shutil.which('rsync')} "$@"; code=$?
-        [ ! -e {newest} ] || printf X | dd of={newest} conv=notrunc status=none; exit $code""", stub)
-    damaged = {"PATH": f"{stub}:{far.bin}:/usr/bin:/bin"}
+    damaged = far.stub(tmp_path, "rsync", f"""
+        {shutil.which('rsync')} "$@"; code=$?
+        [ ! -e {newest} ] || printf X | dd of={newest} conv=notrunc status=none
+        exit $code""")
     line = sync(far, there, here, code=1, **damaged)
     assert "checkpoint_00100.json" in line and "older states were kept" in line
     assert states(here) == [10, 40, 70, 100]
@@ -1021,11 +1078,8 @@ def test_an_older_state_goes_only_once_a_newer_one_is_verified_here(far, tmp_pat
 def test_each_of_the_programs_for_sha256_will_do(far, tmp_path, tool):
     need(tool)
     there, here = tmp_path / "there", tmp_path / "here"
-    hide = tmp_path / "hide"   # the others are not there for `command -v`, and fail if called
-    others = [other for other in ("shasum", "sha256sum", "openssl") if other != tool]
-    hide.write_text("".join(f"{o}() {{ exit 9; }}\n" for o in others) +
-                    'command() { case "$*" in ' + " | ".join(f'"-v {o}"' for o in others) +
-                    ') return 1 ;; esac; builtin command "$@"; }\n')
+    others = {"shasum", "sha256sum", "openssl"} - {tool}
+    hide = hidden_from_bash(tmp_path, *others)
     for total in (10, 40, 70, 100):
         job(there, total)
         sync(far, there, here, BASH_ENV=hide)
@@ -1034,9 +1088,9 @@ def test_each_of_the_programs_for_sha256_will_do(far, tmp_path, tool):
 
 def test_with_the_laptops_copy_alone_the_work_goes_on_exactly_elsewhere(far, tmp_path):
     there, here, other = tmp_path / "there", tmp_path / "here", tmp_path / "other"
-    process = start(JOB, there, 1200, env=env(PAUSE=0.01), stdout=subprocess.DEVNULL)
-    for seen in (20, 120):   # while it runs, and once more after it was killed
-        wait_for(lambda: there.exists() and states(there) and states(there)[-1] >= seen, "a state")
+    process = begin(there, 1200, PAUSE=0.01)
+    for number in (20, 120):   # while it runs, and once more after it was killed
+        wait_for(lambda: states(there)[-1:] >= [number], "a state")
         sync(far, f"box:{there}", here)
     kill(process)
     sync(far, f"box:{there}", here)
@@ -1099,37 +1153,36 @@ def test_a_file_that_vanishes_from_a_remote_with_openrsync_is_no_trouble(far, tm
     there, here = tmp_path / "there", tmp_path / "here"
     progress_file(there)
     (there / "dataset.npz").write_text("x")
-    stub = tmp_path / "stub"
-    stub.mkdir()
-    far.tool("rsync", f"""{shutil.which('rsync')} "$@"; case "$*" in *prune*) exit ;; esac
-        echo "rsync(77): error: {there}/checkpoint_1.npz: lstat: No such file or directory" >&2
-        echo "rsync(78): error: poll: bad fd" >&2; exit 23""", stub)
-    path = {"PATH": f"{stub}:{far.bin}:/usr/bin:/bin"}
-    assert "1 new files" in sync(far, f"box:{there}", here, **path)
-    far.tool("rsync", f"""rm -r {there}
-        echo "rsync(77): error: {there}: lstat: No such file or directory" >&2; exit 23""", stub)
-    assert "no such directory" in sync(far, f"box:{there}", here, code=2, **path)
+    gone = f"rsync(77): error: {there}/%s: lstat: No such file or directory"
+    stub = far.stub(tmp_path, "rsync", f"""
+        {shutil.which('rsync')} "$@"
+        case "$*" in *prune*) exit ;; esac
+        echo "{gone % 'checkpoint_1.npz'}" >&2
+        echo "rsync(78): error: poll: bad fd" >&2
+        exit 23""")
+    assert "1 new files" in sync(far, f"box:{there}", here, **stub)
+    far.stub(tmp_path, "rsync", f'rm -r {there}; echo "{gone % ""}" >&2; exit 23')
+    assert "no such directory" in sync(far, f"box:{there}", here, code=2, **stub)
 
 
 def test_ssh_s_reason_is_shown_and_not_rsync_s_last_line(far, tmp_path):
     progress_file(tmp_path / "there")
     assert "Connection refused" in sync(far, "closed:x", tmp_path / "here", code=75)
-    stub = tmp_path / "stub"
-    stub.mkdir()
-    far.tool("rsync", """printf 'Read from remote host box: Connection reset by peer\\r\\n' >&2
-        echo "rsync(2529): error: poll: bad fd" >&2; exit 255""", stub)
-    line = sync(far, f"box:{tmp_path / 'there'}", tmp_path / "here", code=75,
-                PATH=f"{stub}:{far.bin}:/usr/bin:/bin")
+    stub = far.stub(tmp_path, "rsync", """
+        printf 'Read from remote host box: Connection reset by peer\\r\\n' >&2
+        echo "rsync(2529): error: poll: bad fd" >&2; exit 255""")
+    line = sync(far, f"box:{tmp_path / 'there'}", tmp_path / "here", code=75, **stub)
     assert "(Read from remote host box: Connection reset by peer)" in line
 
 
 # -- what macOS lacks
 
 
-BASH_4 = (r"mapfile|readarray|declare -A|local -n|&>>|\|&|\$\{\w+(,,|\^\^|@\w)|EPOCHSECONDS|wait -n|\[\[ -v|coproc|;;&|read -t 0\.|"
-          r"source <\(|\w\[-1\]|printf '%\(")
-GNU = (r"date -d|date --|grep -P|sed -i|sed -r|readlink -f|stat -c|\btimeout \d|\bflock \d|--info=|--mkpath|--append-verify|"
-       r"--protect-args|head -n -|xargs -r|\bseq \d|\btac\b|sort -V|mktemp --|find [^|]*-printf|\\\+'|ps -o etimes")
+BASH_4 = (r"mapfile|readarray|declare -A|local -n|&>>|\|&|\$\{\w+(,,|\^\^|@\w)|EPOCHSECONDS|"
+          r"wait -n|\[\[ -v|coproc|;;&|read -t 0\.|source <\(|\w\[-1\]|printf '%\(")
+GNU = (r"date -d|date --|grep -P|sed -i|sed -r|readlink -f|stat -c|\btimeout \d|\bflock \d|--info=|"
+       r"--mkpath|--append-verify|--protect-args|head -n -|xargs -r|\bseq \d|\btac\b|sort -V|"
+       r"mktemp --|find [^|]*-printf|\\\+'|ps -o etimes|\balarm shift; exec|%q")
 
 
 @pytest.mark.parametrize("script", [MONITOR, SYNC])
@@ -1138,10 +1191,13 @@ def test_the_scripts_use_nothing_that_bash_3_2_bsd_tools_or_openrsync_lack(scrip
         code = re.sub(r"(^|\s)#.*", "", line)
         for lint in (BASH_4, GNU):
             assert not re.search(lint, code), f"{script.name}:{number}: {line}"
-        assert line.isascii(), f"{script.name}:{number}: bash 3.2 misreads a variable before a non-ASCII byte"
+        assert line.isascii(), f"{script.name}:{number}: bash 3.2 misreads it"
+        assert len(line) <= 100, f"{script.name}:{number}: longer than 100 columns"
 
 
-@pytest.mark.parametrize("line", ["mapfile -t a < f", "echo ${v,,}", "declare -A m", "date -d now", "sed -i s/a/b/ f", "cmd |& tee"])
+@pytest.mark.parametrize("line", [
+    "mapfile -t a < f", "echo ${v,,}", "declare -A m", "date -d now", "sed -i s/a/b/ f",
+    "cmd |& tee", "printf %q x"])
 def test_the_lint_itself_catches_them(line):
     assert re.search(BASH_4, line) or re.search(GNU, line)
 
@@ -1152,6 +1208,6 @@ def test_shellcheck_is_clean():
 
 
 def test_python_is_the_only_other_thing_the_laptop_needs_for_verify(tmp_path):
-    assert subprocess.run([sys.executable, "-I", "-S", ROOT / "checkpointing.py", "verify", tmp_path],
-                          capture_output=True).returncode == 1
+    verify = [sys.executable, "-I", "-S", ROOT / "checkpointing.py", "verify", tmp_path]
+    assert subprocess.run(verify, capture_output=True).returncode == 1
     assert Path(MONITOR).stat().st_mode & 0o111 and Path(SYNC).stat().st_mode & 0o111

@@ -312,19 +312,14 @@ judge() {
         COMPLETE | INTERRUPTED) printf '%s' "$status" ;;
         FAILED) printf 'FAILED %s' "$(field Error "$1")" ;;
         RUNNING | STALLED)
-            case $3 in
-                no)
-                    printf 'DEAD no such process; start it again with the same command'
-                    return ;;
-                unknown) ;;
-                *)  # a process that began after the last heartbeat has the number of ours, no more
-                    if [ $(($2 - $(seconds_of "$3"))) -gt $((heartbeat + 5)) ]; then
-                        printf '%s' 'DEAD its process number belongs to another now;' \
-                            ' start it again with the same command'
-                        return
-                    fi ;;
-            esac
-            if [ "$age" -gt $((3 * every)) ]; then
+            if [ "$3" = no ]; then
+                printf 'DEAD no such process; start it again with the same command'
+            elif [ "$age" -gt $((3 * every)) ] && [ "$3" != unknown ] &&
+                [ $(($2 - $(seconds_of "$3"))) -gt $((heartbeat + 5)) ]; then
+                # A process that began after the last heartbeat has the number of ours, no more.
+                printf '%s' 'DEAD its process number belongs to another now;' \
+                    ' start it again with the same command'
+            elif [ "$age" -gt $((3 * every)) ]; then
                 printf 'STALLED no heartbeat for %s' "$(ago "$age")"
             elif [ "$status" = STALLED ]; then
                 printf 'STALLED the heart beats, the work has not moved for %s' \

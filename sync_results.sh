@@ -298,7 +298,7 @@ look() {
     if grep -qx missing "$tmp/seen"; then fail 2 "no such directory: $shown"; fi
     if grep -qx closed "$tmp/seen"; then fail 2 "may not enter $shown"; fi
     if grep -qx norsync "$tmp/seen"; then no_rsync; fi
-    sed -n 's/^file //p' "$tmp/seen" | grep '^\./' | grep -v '/\.\./' >"$tmp/files"
+    sed -n 's/^file \.\//.\//p' "$tmp/seen" | grep -Ev '/\.\./|\.(tmp|corrupt)$' >"$tmp/files"
     sed -n 's/^run //p' "$tmp/seen" | grep ' \./' | grep -v '/\.\./' >"$tmp/runs"
     looked=$(date +%s)
 }
@@ -383,6 +383,8 @@ explain() {
 
 # ---- what earlier runs left -------------------------------------------------------------------
 
+export checkpoint='checkpoint_[0-9]+([.][A-Za-z0-9_-]+)+'   # awk takes it from the environment
+
 there() { grep -Fqx -- "$1" "$tmp/files"; }
 size() { if [ -f "$1" ]; then wc -c <"$1"; else echo 0; fi; }
 
@@ -421,7 +423,7 @@ use_debris() {
             else
                 rm -f "$file"
             fi
-        elif [ -e "$dir$name" ] || [[ $name =~ ^checkpoint_[0-9]+\.[A-Za-z0-9]+$ ]]; then
+        elif [ -e "$dir$name" ] || [[ $name =~ ^$checkpoint$ ]]; then
             in_use "$file" || rm -f "$file"
         fi
     done <"$tmp/hidden"
@@ -496,7 +498,7 @@ records() {
         /^[{].*[}]$/ {
             name = value("name"); start = value("start"); stop = value("stop")
             bytes = value("bytes"); sum = value("sha256")
-            if (name ~ /^checkpoint_[0-9]+[.][A-Za-z0-9]+$/ && start ~ /^[0-9]+$/ &&
+            if (name ~ "^" ENVIRON["checkpoint"] "$" && start ~ /^[0-9]+$/ &&
                 stop ~ /^[0-9]+$/ && bytes ~ /^[0-9]+$/ && sum ~ /^[0-9a-f]+$/ && length(sum) == 64)
                 print name, start, stop, bytes, sum
         }' "$1" 2>/dev/null
@@ -504,7 +506,7 @@ records() {
 
 # Leaves in $tmp/dirs the directories there ("./", "./train/") whose checkpoints are states.
 find_state_dirs() {
-    sed -n 's|/checkpoint_[0-9][0-9]*\.[A-Za-z0-9]*$|/|p' "$tmp/files" | sort -u |
+    grep -E "/$checkpoint\$" "$tmp/files" | sed 's|[^/]*$||' | sort -u |
         while IFS= read -r dir; do
             if records "$to/${dir#./}checkpoints.jsonl" |
                 awk '$2 == $3 { state = 1 } $2 != $3 { piece = 1 } END { exit !(state && !piece) }'
@@ -537,13 +539,13 @@ by_number() { sed 's/^checkpoint_\([0-9]*\)\..*/\1 &/' | sort -n | cut -d ' ' -f
 
 states_there() {
     DIR=$1 awk '{ name = substr($0, length(ENVIRON["DIR"]) + 1) }
-        index($0, ENVIRON["DIR"]) == 1 && name ~ /^checkpoint_[0-9]+[.][A-Za-z0-9]+$/ {
-            print name }' "$tmp/files" | by_number
+        index($0, ENVIRON["DIR"]) == 1 && name ~ "^" ENVIRON["checkpoint"] "$" { print name }
+        ' "$tmp/files" | by_number
 }
 states_here() {
     local file
     for file in "$to/${1#./}"checkpoint_*; do [ -f "$file" ] && printf '%s\n' "${file##*/}"; done |
-        grep -E '^checkpoint_[0-9]+\.[A-Za-z0-9]+$' | by_number
+        grep -E "^$checkpoint\$" | grep -Ev '\.(tmp|corrupt)$' | by_number
 }
 
 escaped() { printf '%s' "$1" | sed 's/[][*?\\]/\\&/g'; }
@@ -563,6 +565,28 @@ verified() {
     [ -n "$line" ] && [ "$(sha256_of "$file")" = "${line##* }" ]
 }
 
+# The run there forgets the records of states that it has let go of; some of these are still here,
+# and their records vouch for them. Keep what was known before this sync of each state here.
+save_records() {
+    find "$to" -type d -name '*.old[0-9]*' -prune -o -type f -name checkpoints.jsonl -print |
+        while IFS= read -r file; do
+            mkdir -p "$tmp/known/${file#"$to/"}" && cp "$file" "$tmp/known/${file#"$to/"}/"
+        done
+}
+restore_records() {
+    local dir file name known
+    while IFS= read -r dir; do
+        file=$to/${dir#./}checkpoints.jsonl known=$tmp/known/${dir#./}checkpoints.jsonl
+        [ -f "$known/checkpoints.jsonl" ] || continue
+        states_here "$dir" | while IFS= read -r name; do
+            records "$file" | grep -q "^$name " ||
+                grep -F "\"$name\"" "$known/checkpoints.jsonl" | tail -n 1
+        done >"$tmp/lost"
+        [ ! -s "$tmp/lost" ] ||
+            { cat "$tmp/lost" "$file" >"$file.tmp" && mv "$file.tmp" "$file"; }
+    done <"$tmp/dirs"
+}
+
 # Brings the newest state of each training, with the records that vouch for it.
 copy_states() {
     local dir newest wanted=()
@@ -573,6 +597,7 @@ copy_states() {
         wanted+=("--include=/$dir$newest" "--include=/${dir}checkpoints.jsonl")
     done <"$tmp/dirs"
     [ -z "${wanted[*]-}" ] || copy "$@" "${wanted[@]}" "${only[@]}"
+    restore_records
 }
 
 # Lets go of the oldest states beyond as many as are kept there, once the newest one is verified.
@@ -606,12 +631,14 @@ began=$(date +%s) notes='' gone=0 unverified=''
 look
 set_old_runs_aside
 use_debris
+save_records
 
 # Progress first: what follows is at least as new as what it says. -c: a file that is written anew
 # may have kept its size within one second.
 copy -c --include=PROGRESS.txt --include=run.json --include=checkpoints.jsonl \
     --include='report.*' "${only[@]}"
 find_state_dirs
+restore_records
 sort_files
 if [ -s "$tmp/models" ]; then copy -c --exclude='checkpoint_*' --include='*.pt' "${only[@]}"; fi
 if [ -s "$tmp/figures" ]; then
@@ -641,5 +668,6 @@ fi
 remove_halves
 
 [ "$gone" -eq 0 ] || notes="; $gone older training states let go$notes"
-count=$(grep -v '/$\|PROGRESS.txt$\|^skipping ' "$tmp/copied" | sort -u | grep -c .)
+count=$(grep -Ev '/$|PROGRESS.txt$|checkpoints.jsonl$|^skipping ' "$tmp/copied" |
+    sort -u | grep -c .)
 say "$shown -> $to: $count new files in $(($(date +%s) - began)) s$notes"

@@ -1043,6 +1043,7 @@ def test_as_many_states_stay_here_as_there_and_pieces_and_all_else_for_ever(far,
         job(there / "train", total)
         line = sync(far, f"box:{there}", here)
         assert states(here / "train") == left
+        assert checkpointing.verify([here]) == 0, "with the records of those that are gone there"
     assert "1 older training states let go" in line
     (there / "checkpoint_00000.npz").unlink()
     for number in (90, 100):

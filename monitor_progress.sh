@@ -404,6 +404,7 @@ notify() {
 # Show target number $1 ($2) from its last good look. Adds its runs to $tmp/words.
 show() {
     local name=$2 why='' fetched now=0 line run=0 i=1
+    case $name in *[!/:]/) name=${name%/} ;; esac
     if [ -f "$tmp/bad.$1" ]; then why=$(reason "$tmp/bad.$1"); why=${why:-no answer}; fi
     if [ ! -f "$tmp/good.$1" ]; then
         printf '%s: UNREACHABLE  never reached so far: %s\n\n' "$name" "$why"

@@ -175,6 +175,7 @@ fi
 from=$1 to=$2 host=''
 if trouble=$(target_trouble "$from"); then fail 2 "$trouble"; fi
 case $to in '') fail 2 "the local directory has no name; see -h" ;; /*) ;; *) to=./$to ;; esac
+while [ "${to%/}" != "$to" ] && [ "$to" != / ]; do to=${to%/}; done
 case ${from%%/*} in *:*) host=${from%%:*} from=${from#*:} ;; esac
 case $host in -*) fail 2 "$1 is not a directory; see -h" ;; esac
 if [ -n "$key" ] && [ ! -r "$key" ]; then
@@ -498,7 +499,7 @@ records() {
         /^[{].*[}]$/ {
             name = value("name"); start = value("start"); stop = value("stop")
             bytes = value("bytes"); sum = value("sha256")
-            if (name ~ "^" ENVIRON["checkpoint"] "$" && start ~ /^[0-9]+$/ &&
+            if (name ~ ("^" ENVIRON["checkpoint"] "$") && start ~ /^[0-9]+$/ &&
                 stop ~ /^[0-9]+$/ && bytes ~ /^[0-9]+$/ && sum ~ /^[0-9a-f]+$/ && length(sum) == 64)
                 print name, start, stop, bytes, sum
         }' "$1" 2>/dev/null
@@ -539,7 +540,7 @@ by_number() { sed 's/^checkpoint_\([0-9]*\)\..*/\1 &/' | sort -n | cut -d ' ' -f
 
 states_there() {
     DIR=$1 awk '{ name = substr($0, length(ENVIRON["DIR"]) + 1) }
-        index($0, ENVIRON["DIR"]) == 1 && name ~ "^" ENVIRON["checkpoint"] "$" { print name }
+        index($0, ENVIRON["DIR"]) == 1 && name ~ ("^" ENVIRON["checkpoint"] "$") { print name }
         ' "$tmp/files" | by_number
 }
 states_here() {

@@ -464,7 +464,7 @@ def test_it_waits_for_a_stage_that_is_about_to_appear_and_says_so(far, tmp_path)
         watcher = behind(far, MONITOR, "-i", 3, f"box:{tmp_path}", stdout=screen)
         text = (tmp_path / "screen").read_text
         wait_for(lambda: "One more look in 3 s" in text(), "the word")
-        process = begin(tmp_path / "train", 300, PAUSE=0.02)
+        process = begin(tmp_path / "train", 150, PAUSE=0.02)
         assert watcher.wait(timeout=60) == 0
         process.wait(timeout=30)
     assert "train: RUNNING" in text() and "train: COMPLETE" in text()
@@ -1000,7 +1000,7 @@ def test_debris_of_a_living_transfer_and_files_of_others_stay(far, tmp_path, lso
         dead.write_text("half")
         sync(far, f"box:{there}", here, **path)
         assert Path(living.name).exists() and not dead.exists()
-    sync(far, f"box:{there}", here, **path)
+    sync(far, f"box:{there}/", f"{here}//", **path)
     assert not Path(living.name).exists() and all(p.read_text() == "mine" for p in mine)
     assert not (here / ".rsync-partial").exists() and same(there, here, ["dataset.npz"])
 

@@ -638,12 +638,13 @@ save_records
 # may have kept its size within one second.
 copy -c --include=PROGRESS.txt --include=run.json --include=checkpoints.jsonl \
     --include='report.*' "${only[@]}"
+first=(--exclude=PROGRESS.txt --exclude=run.json)   # these are brought once, and hold for the rest
 find_state_dirs
 restore_records
 sort_files
 if [ -s "$tmp/models" ]; then copy -c --exclude='checkpoint_*' --include='*.pt' "${only[@]}"; fi
 if [ -s "$tmp/figures" ]; then
-    copy -c --exclude='checkpoint_*' --exclude=PROGRESS.txt --include='*.json' --include='*.jsonl' \
+    copy -c --exclude='checkpoint_*' "${first[@]}" --include='*.json' --include='*.jsonl' \
         --include='*.png' --include='*.svg' --include='*.gif' --include='*.html' \
         --include='*.txt' --include='*.csv' "${only[@]}"
 fi
@@ -652,11 +653,14 @@ if [ -s "$tmp/data" ]; then
     while IFS= read -r dir; do
         states+=("--exclude=/$(escaped "${dir#./}")checkpoint_*")
     done <"$tmp/dirs"
-    copy --exclude=PROGRESS.txt ${states[@]+"${states[@]}"}
+    copy "${first[@]}" ${states[@]+"${states[@]}"}
 fi
 
 if [ -s "$tmp/dirs" ]; then
-    if [ $(($(date +%s) - looked)) -gt 20 ]; then look; fi   # by now there are newer ones
+    if [ $(($(date +%s) - looked)) -gt 20 ]; then   # by now there are newer ones
+        look
+        set_old_runs_aside
+    fi
     copy_states
     let_go
     if [ -n "$unverified" ]; then   # a damaged copy: its bytes are compared with those there

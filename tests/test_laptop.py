@@ -1125,6 +1125,23 @@ def test_a_run_that_began_anew_does_not_mix_with_the_old_ones_copies(far, tmp_pa
         assert not list(here.rglob("only_there"))
 
 
+def test_a_run_that_begins_anew_during_a_sync_is_seen_by_the_next(far, tmp_path):
+    there, here = tmp_path / "there", tmp_path / "here"
+    for place, total in ((there / "train", 60), (tmp_path / "new", 30)):
+        job(place, total)
+        (place / "metrics.json").write_text(f'"{place.name}"')
+    train = there / "train"
+    stub = far.stub(tmp_path, "rsync", f"""
+        case "$*" in *.png*) mv {train} {train}.old1; mv {tmp_path}/new {train} ;; esac
+        exec {shutil.which('rsync')} "$@" """)
+    sync(far, there, here, **stub)
+    sync(far, there, here)
+    assert states(here / "train") == [30]
+    assert (here / "train" / "metrics.json").read_text() == '"new"'
+    assert checkpointing.verify([here / "train"]) == 0
+    assert same(train, here / "train", ["run.json", "checkpoints.jsonl"])
+
+
 def test_copies_of_two_remotes_do_not_push_each_other_out(far, tmp_path):
     here = tmp_path / "here"
     job(tmp_path / "one", 30)

@@ -638,23 +638,20 @@ save_records
 # may have kept its size within one second.
 copy -c --include=PROGRESS.txt --include=run.json --include=checkpoints.jsonl \
     --include='report.*' "${only[@]}"
-first=(--exclude=PROGRESS.txt --exclude=run.json)   # these are brought once, and hold for the rest
 find_state_dirs
 restore_records
 sort_files
+rest=(--exclude=PROGRESS.txt --exclude=run.json)   # one version of them holds for all that follows
+while IFS= read -r dir; do
+    rest+=("--exclude=/$(escaped "${dir#./}")checkpoint[s_]*")   # states and their records
+done <"$tmp/dirs"
 if [ -s "$tmp/models" ]; then copy -c --exclude='checkpoint_*' --include='*.pt' "${only[@]}"; fi
 if [ -s "$tmp/figures" ]; then
-    copy -c --exclude='checkpoint_*' "${first[@]}" --include='*.json' --include='*.jsonl' \
+    copy -c --exclude='checkpoint_*' "${rest[@]}" --include='*.json' --include='*.jsonl' \
         --include='*.png' --include='*.svg' --include='*.gif' --include='*.html' \
         --include='*.txt' --include='*.csv' "${only[@]}"
 fi
-if [ -s "$tmp/data" ]; then
-    states=()
-    while IFS= read -r dir; do
-        states+=("--exclude=/$(escaped "${dir#./}")checkpoint_*")
-    done <"$tmp/dirs"
-    copy "${first[@]}" ${states[@]+"${states[@]}"}
-fi
+if [ -s "$tmp/data" ]; then copy "${rest[@]}"; fi
 
 if [ -s "$tmp/dirs" ]; then
     if [ $(($(date +%s) - looked)) -gt 20 ]; then   # by now there are newer ones

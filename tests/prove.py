@@ -874,7 +874,7 @@ def one_history(out, moments, story):
 # --------------------------------------------------------------------------------------------------
 
 # Each with its share of the time.
-PARTS = {order: 1, kill: 12, fail: 30, power: 22, rot: 12, starts: 4, signals: 7, histories: 12}
+PARTS = {order: 1, kill: 12, fail: 28, power: 20, rot: 12, starts: 4, signals: 6, histories: 17}
 ON = {"data set": "generate.py and merge.py", "state": "state", "control": "control"}
 
 

@@ -179,6 +179,18 @@ def test_worker_processes_with_ctrl_c_to_all_of_them(tmp_path, signal_, code):
     assert output_of(python(script + "    print(values)\n", tmp_path)) == SQUARES
 
 
+def test_workers_that_outlive_a_killed_job_do_not_keep_its_directory(tmp_path):
+    script = PREAMBLE + example("pool.imap") + "    print(values)\n"
+    process = python(script, tmp_path, start_new_session=True)
+    wait_for(lambda: newest(tmp_path / "results") >= 100, "a checkpoint")
+    os.kill(process.pid, signal.SIGKILL)   # for lack of memory, say: the kernel takes one process
+    process.wait()
+    try:
+        assert output_of(python(script, tmp_path)) == SQUARES
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+
+
 def test_the_pool_example_without_its_new_lines_is_the_plain_one(tmp_path):
     code = "values, total = [], 1000\n" + plain(example("pool.imap"))
     assert output_of(python(PREAMBLE + code + "    print(values)\n", tmp_path)) == SQUARES

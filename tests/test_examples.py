@@ -1,4 +1,5 @@
 """Every example of the README as it stands: killed, started again, compared with the plain loop."""
+import contextlib
 import json
 import os
 import random
@@ -188,7 +189,8 @@ def test_workers_that_outlive_a_killed_job_do_not_keep_its_directory(tmp_path):
     try:
         assert output_of(python(script, tmp_path)) == SQUARES
     finally:
-        os.killpg(process.pid, signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
 
 
 def test_the_pool_example_without_its_new_lines_is_the_plain_one(tmp_path):

@@ -78,13 +78,19 @@ def start(python, way, work, number, every, directory, *under):
 def seconds_for_nothing(python, way, directory):
     began = time.monotonic()
     process = start(python, way, NOTHING, ITEMS_OF_NOTHING, 100, directory)
+    end = end_of(process)
+    return end or f"{time.monotonic() - began:.2f} s"
+
+
+def end_of(process):
+    """How it ended, in words; "" if as it should. All are given the same time."""
     try:
         code = process.wait(LIMIT)
     except subprocess.TimeoutExpired:
         process.kill()
         process.wait()
         return f"not done after {LIMIT} s"
-    return f"{time.monotonic() - began:.2f} s" if code == 0 else f"exit {code}"
+    return f"exit {code}" if code else ""
 
 
 def done(directory):
@@ -108,27 +114,18 @@ def killed(python, way, directory):
             process.send_signal(signal.SIGKILL)
             process.wait()
             kills += 1
-    try:
-        code = process.wait(LIMIT)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        code = f"not done after {LIMIT} s"
+    code = end_of(process)
     twice, never = done(directory)
-    return f"{twice} twice, {never} never" + (f" (exit {code})" if code else "")
+    return f"{twice} twice, {never} never" + (f" ({code})" if code else "")
 
 
 def twice_at_once(python, way, directory):
     processes = [start(python, way, A_MILLISECOND, ITEMS, 10, directory) for _ in range(2)]
-    for process in processes:
-        try:
-            process.wait(LIMIT)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+    ends = sorted(end_of(process) for process in processes)
     twice, never = done(directory)
-    codes = sorted(process.returncode for process in processes)
-    how = {(0, 75): "the second is refused", (0, 0): "both work"}.get(tuple(codes), f"exit {codes}")
-    return f"{twice} twice" + (f", {never} never" if never else "") + f" ({how})"
+    how = {("", "exit 75"): "the second is refused", ("", ""): "both work"}
+    said = how.get(tuple(ends)) or ", ".join(sorted(set(ends)))
+    return f"{twice} twice" + (f", {never} never" if never else "") + f" ({said})"
 
 
 def syncs(python, way, directory):

@@ -451,7 +451,7 @@ def order(work, moments, deadline):
         for line in lines:
             line = line.replace("<unfinished ...>", "")   # another thread came between
             match = re.match(r"\d+ +(fsync|fdatasync|rename\w*)\((.*)", line)
-            if not match or "PROGRESS.txt" in line or " = -1 " in line:
+            if not match or re.search(r"PROGRESS.txt|report.(html|png)| = -1 ", line):
                 continue
             names = re.findall(r"[<\"]([^<>\"]+)[>\"]", match[2])
             step, place = "sync" if "sync" in match[1] else "rename", names[-1]
@@ -534,6 +534,15 @@ def endless_merges(out, ack):
         ack(number)
 
 
+def endless_results(out, ack):
+    """Results with nothing after them, whose own sync would hide that one is missing."""
+    out.mkdir(exist_ok=True)
+    for number in range(10**6):
+        checkpointing.write_sealed(out / f"metrics_{number}.json", json.dumps({"number": number}))
+        ack(number)
+        time.sleep(0.005)
+
+
 def careless(out, ack):
     """The control: written and renamed, as most people do it, without a sync."""
     out.mkdir()
@@ -542,6 +551,9 @@ def careless(out, ack):
         os.rename(out / "temp", out / f"checkpoint_{number}.txt")
         ack(number)
         time.sleep(0.002)
+
+
+ENDLESS = [endless_pieces, endless_results, endless_state, endless_merges]
 
 
 def power(work, moments, deadline):
@@ -556,10 +568,10 @@ def power(work, moments, deadline):
         for kind in FILE_SYSTEMS:
             disks[kind] = Disk(work, kind)
         trial = 0
-        while time.monotonic() < deadline or trial < 6 * len(disks):
+        while time.monotonic() < deadline or trial < 8 * len(disks):
             kind = list(disks)[trial % len(disks)]
-            job = [endless_pieces, endless_state, endless_merges][trial // len(disks) % 3]
-            flag = 1 + trial // (3 * len(disks)) % 2
+            job = ENDLESS[trial // len(disks) % len(ENDLESS)]
+            flag = 1 + trial // (len(ENDLESS) * len(disks)) % 2
             moment = moments.uniform(0, 0.12)
             trial += 1
             lost = None
@@ -598,7 +610,12 @@ def one_cut(disk, job, flag, moment, source):
     disk.mount()
     names = [beside / f"checkpoint_{number}.txt" for number in careless_acked]
     control_lost = any(not path.exists() or path.stat().st_size == 0 for path in names)
-    if job is endless_merges:
+    if job is endless_results:
+        for number in acked:
+            path = out / f"metrics_{number}.json"
+            must(path.exists(), f"{path.name} was reported as written and is gone")
+            must(json.loads(path.read_bytes())["number"] == number, f"{path.name} is not whole")
+    elif job is endless_merges:
         right = (source / "dataset.npz").read_bytes()
         for path in out.glob("dataset_*.npz"):
             must(path.read_bytes() == right,
@@ -618,7 +635,8 @@ def one_cut(disk, job, flag, moment, source):
             must(process.reported()[0] > (acked[-1] if acked else -1),
                  "the restart did work again that was saved")
     must(verified(out), "verify finds something bad")
-    nothing_left_behind(out) if job is not endless_merges else None
+    if job in (endless_pieces, endless_state):   # there was a restart, which sweeps
+        nothing_left_behind(out)
     shutil.rmtree(out)
     shutil.rmtree(beside)
     os.sync()

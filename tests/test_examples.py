@@ -70,7 +70,9 @@ def new_lines(code):
 def python(code, directory, **more):
     script = directory / "job.py"   # a file, since multiprocessing may import it
     script.write_text(code)
-    return subprocess.Popen([sys.executable, script], cwd=directory, stdout=subprocess.PIPE,
+    # Waiting threads of torch do not spin: their number is as everywhere, and the bits are, too.
+    environment = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE"}
+    return subprocess.Popen([sys.executable, script], cwd=directory, env=environment, stdout=subprocess.PIPE,
                             stderr=subprocess.STDOUT, text=True, **more)
 
 

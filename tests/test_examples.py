@@ -72,8 +72,8 @@ def python(code, directory, **more):
     script.write_text(code)
     # Waiting threads of torch do not spin: their number is as everywhere, and the bits are, too.
     environment = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE"}
-    return subprocess.Popen([sys.executable, script], cwd=directory, env=environment, stdout=subprocess.PIPE,
-                            stderr=subprocess.STDOUT, text=True, **more)
+    return subprocess.Popen([sys.executable, script], cwd=directory, env=environment, text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **more)
 
 
 def output_of(process):

@@ -19,9 +19,10 @@ from conftest import ROOT, need, run, wait_for
 from checkpointing import read_progress, sha256
 
 README = Path(os.environ.get("README", ROOT / "README.md")).read_text()
-LINES = [line for line in re.findall(r"^\*/\d+ \* \* \* \* (.+)$", README, re.M)
-         if "generate.py" in line]
-STOP = re.findall(r"^touch .*stop; kill .*$", README, re.M)
+CRONTAB = re.findall(r"^\*/\d+ \* \* \* \* (.+)$", README, re.M)
+LINES = [line for line in CRONTAB if "generate.py" in line and "train_magvit.py" not in line]
+STAGES = [line for line in CRONTAB if "train_magvit.py" in line]
+STOP = re.findall(r"^touch .*stop; .*kill .*$", README, re.M)
 UNITS = re.findall(r"```ini\n(\[Unit\]\n.*?)```", README, re.S)
 
 
@@ -63,7 +64,8 @@ class Cron:
 
     def seen(self):
         files = {path.name: (path.read_bytes(), path.stat().st_mtime_ns)
-                 for path in self.out.iterdir() if path.name not in ("PROGRESS.txt", "stop")}
+                 for path in self.out.iterdir()
+                 if path.is_file() and path.name not in ("PROGRESS.txt", "stop")}
         return files, self.log.read_text(), self.starts.read_text()
 
     def status(self):
@@ -168,6 +170,49 @@ def test_stopped_by_hand_it_stays_stopped_until_it_may_go_on(cron):
     wait_for(lambda: cron.status() == "RUNNING", "the start")
     assert int(read_progress(cron.out / "PROGRESS.txt")["Checkpoint"].split()[0]) >= saved > 0
     kill_group(process)
+
+
+def test_the_stop_line_kills_nobody_when_the_job_is_dead_already(cron):
+    """Its number may be another program's by now."""
+    cron.out.mkdir()
+    other = subprocess.Popen(["sleep", "60"])
+    (cron.out / "PROGRESS.txt").write_text(f"Job\nStatus: RUNNING\nPID: {other.pid}\n")
+    subprocess.run(["sh", "-c", STOP[0]], cwd=cron.project, check=True)
+    assert other.poll() is None and (cron.out / "stop").exists()
+    other.kill()
+    other.wait()
+
+
+TRAINING = """import time, checkpointing   # in the place of train_magvit.py, which takes minutes
+with checkpointing.Run("results/magvit_training", 100, every=5) as run:
+    run.load(lambda file: None)
+    for i in run.steps(b"state"):
+        time.sleep(0.01)
+"""
+
+
+def test_several_stages_in_one_line_killed_until_all_are_complete(cron):
+    assert len(STAGES) == 1
+    (cron.project / "train_magvit.py").write_text(TRAINING)
+    line = STAGES[0].replace("--n 30000", "--n 4000 --every 500")
+    cron.log = cron.project / "stages.log"
+    training = cron.out / "magvit_training" / "PROGRESS.txt"
+    moments = random.Random(3)
+    for attempt in range(12):
+        process = cron.tick(line)
+        time.sleep(0.1)
+        second = cron.tick(line)   # beside the first: whatever stage it is in, it starts nothing
+        assert second.communicate(timeout=60)[0] == ""
+        if attempt < 6:
+            time.sleep(moments.uniform(0, 1))
+            kill_group(process)
+        else:
+            process.communicate(timeout=120)
+        if read_progress(training).get("Status") == "COMPLETE":
+            break
+    assert read_progress(training)["Status"] == "COMPLETE" and (cron.out / "dataset.npz").exists()
+    assert "in use" not in cron.log.read_text()
+    cron.quiet_tick(line)
 
 
 @pytest.mark.parametrize("more, words", [("--seed 7", "seed was 42, asked 7"),

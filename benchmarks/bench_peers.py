@@ -5,7 +5,7 @@
 The peers come from PyPI into an environment of their own, in a temp directory. Each is called as
 its own documentation says, task-checkpoint also with the SQLite store that it offers.
 
-Three trials: 20,000 items that do nothing (seconds; given up after 60), with a checkpoint each 100
+Three trials: 20,000 items that do nothing (seconds; given up after 120), with a checkpoint each 100
 items where there is such a setting; 3,000 items of a millisecond, with one each 10, killed ten
 times at random moments (how many were done twice, how many never); the same started twice at once
 (how many were done twice). Where strace is there, it also counts the fsyncs of 1,000 items: what is
@@ -26,7 +26,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 PEERS = ["task-checkpoint==0.1.5", "safe-state==0.4.0", "loopz==1.0.0",
          "numpy"]   # which loopz imports without asking for it
-LIMIT, KILLS, ITEMS, ITEMS_OF_NOTHING = 60, 10, 3000, 20_000
+LIMIT, KILLS, ITEMS, ITEMS_OF_NOTHING = 120, 10, 3000, 20_000
 
 # work(i) is the item, N their number, EVERY the items between checkpoints. As in each quick start.
 WAYS = {
@@ -123,7 +123,8 @@ def twice_at_once(python, way, directory):
     processes = [start(python, way, A_MILLISECOND, ITEMS, 10, directory) for _ in range(2)]
     ends = sorted(end_of(process) for process in processes)
     twice, never = done(directory)
-    how = {("", "exit 75"): "the second is refused", ("", ""): "both work"}
+    how = {("", "exit 75"): "the second is refused",
+           ("", ""): "both do all of it" if twice else "they share it"}
     said = how.get(tuple(ends)) or ", ".join(sorted(set(ends)))
     return f"{twice} twice" + (f", {never} never" if never else "") + f" ({said})"
 

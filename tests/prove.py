@@ -55,6 +55,10 @@ class Lost(Exception):
     """A promise was broken; what, in one line."""
 
 
+class ToolMissing(Exception):
+    """This part cannot be tried here."""
+
+
 def must(condition, what):
     if not condition:
         raise Lost(what)
@@ -493,12 +497,12 @@ class Disk:
         with open(self.image, "wb") as file:
             file.truncate(size)
         if not shutil.which(make):
-            raise OSError(f"{make} is not here")
+            raise ToolMissing(f"{make} is not here")
         subprocess.run([make, "-q", self.image], check=True)
         try:
             self.mount()
         except subprocess.CalledProcessError as error:
-            raise OSError(f"a loop device is needed ({error.stderr.decode().strip()})") from None
+            raise ToolMissing(f"a loop device is needed ({error.stderr.decode().strip()})") from None
 
     def mount(self):
         subprocess.run(["mount", "-o", "loop" + self.options, self.image, self.path], check=True,
@@ -559,7 +563,7 @@ ENDLESS = [endless_pieces, endless_results, endless_state, endless_merges]
 def power(work, moments, deadline):
     """the power is cut at a random moment (two kinds of shutdown)"""
     if os.geteuid():
-        raise OSError("root (for mount) is needed")
+        raise ToolMissing("root (for mount) is needed")
     source = work / "merge source"
     finish(generate_job, "--n", 400, "--every", 100, "--out", source)
     finish(merge_job, source)
@@ -748,7 +752,9 @@ def logging_job(out, ack):
 
 
 def logged_state(out):
-    state = json.loads(checkpointing.find_checkpoints(out)[-1][1].read_bytes())
+    found = checkpointing.find_checkpoints(out)
+    must(found, "nothing is saved")
+    state = json.loads(found[-1][1].read_bytes())
     must(state == list(range(len(state))), "the state is wrong")
     return len(state)
 
@@ -927,7 +933,7 @@ def main():
         began = time.monotonic()
         try:
             tally = prove(part, arguments.seconds or share * PARTS[part], arguments.seed)
-        except OSError as error:
+        except ToolMissing as error:
             print(f"prove: {part.__name__}: {error}", file=sys.stderr)
             return 3
         trials, lost = (sum(counts[i] for counts in tally.values()) for i in (0, 1))

@@ -646,8 +646,8 @@ def one_cut(disk, job, flag, moment, source):
     must(verified(out), "verify finds something bad")
     if job in (endless_pieces, endless_state):   # there was a restart, which sweeps
         nothing_left_behind(out)
-    shutil.rmtree(out)
-    shutil.rmtree(beside)
+    for used in (out, beside):   # even its name may be lost with the control
+        shutil.rmtree(used, ignore_errors=True)
     os.sync()
     return control_lost
 

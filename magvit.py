@@ -10,6 +10,7 @@ Shapes: B videos, T frames, C channels, H x W pixels; a place is 32 x 32 pixels 
 them a frame; a place holds NUMBERS integers from 0 to LEVELS - 1. Codes: int64 (B, T, n, NUMBERS).
 """
 import hashlib
+import io
 import math
 import os
 import zipfile
@@ -25,14 +26,9 @@ from checkpointing import CheckpointError
 # spin on the same cores stop each other almost completely. The second makes cuBLAS repeatable.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-try:
-    import torch
-except ModuleNotFoundError as error:
-    raise CheckpointError(f"{error.name} is not installed for this Python. Type: python3 -m venv "
-                          ".venv && .venv/bin/pip install -r requirements.txt, then use "
-                          ".venv/bin/python") from None
-import torch.nn.functional as F
-from torch import nn
+import torch  # noqa: E402
+import torch.nn.functional as F  # noqa: E402
+from torch import nn  # noqa: E402
 
 CLASSES = ("linear", "circular", "helical", "parabolic")
 LEVELS = 64             # of each quantized number
@@ -518,6 +514,14 @@ def open_device(name):
     torch.utils.deterministic.fill_uninitialized_memory = False   # a search for errors; costs a pass
     torch.set_float32_matmul_precision("high")                    # TF32 on CUDA
     return torch.device(name)
+
+
+def saved(state):
+    """The bytes of torch.save, made in memory: a full disk is then met by a plain write, with a
+    plain OSError."""
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    return buffer.getvalue()
 
 
 def short(error):

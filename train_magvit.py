@@ -166,6 +166,7 @@ def train(settings, run):
                 learner.restore(state["learning"])
             learner.shuffle((done - phase.start) // phase.epoch_steps)
             run.update(done, Phase=phase.name)
+            saver.wait()    # a graph is captured alone
             advance = captured(learner, run) if device.type == "cuda" else learner.step
             pace.begin(phase, done)
             while done < phase.stop:
@@ -287,18 +288,19 @@ def reconstruction_loss(painted, video):
 FILL = 0.25             # weight of the places beside the class
 
 
-def masked_loss(transformer, codes, labels, hidden, label_hidden):
+def masked_loss(transformer, codes, labels, hidden, label_hidden, pick):
     """Cross entropy of the hidden numbers and of the hidden classes.
 
     Sampling goes frame by frame, so the first hidden frame matters most; the later ones teach where
-    it leads, and weigh less with the square of how far ahead they lie.
+    it leads, and weigh less with the square of how far ahead they lie. pick: compute only what
+    counts, which on a CPU saves half; on a GPU changing shapes would cost more than that.
     """
     state, states = transformer(codes, hidden, labels, label_hidden)
     frames = torch.arange(hidden.shape[1], device=hidden.device)
     ahead = (frames - magvit.first_hidden_frame(hidden)[:, None]).clamp(min=0)
     weight = (hidden / (1 + ahead[:, :, None]).square()).flatten()
     states, answers = states.flatten(0, 1), codes.flatten(0, 2)
-    if states.device.type == "cpu":   # only what counts; on a GPU changing shapes cost more than that
+    if pick:
         counts = weight.nonzero()[:, 0]
         states, answers, weight = states[counts], answers[counts], weight[counts]
     logits = transformer.logits(states, answers)
@@ -362,8 +364,9 @@ class Learner:
             self.optimizer.state[p] = {"step": torch.zeros((), device=self.device),
                                        "exp_avg": torch.zeros_like(p),
                                        "exp_avg_sq": torch.zeros_like(p)}
-        cuda = self.device.type == "cuda"
-        self.batch_loss = torch.compile(self._batch_loss, fullgraph=True) if cuda else self._batch_loss
+        self.batch_loss = self._batch_loss
+        if self.device.type == "cuda":
+            self.batch_loss = torch.compile(self._batch_loss, fullgraph=True, dynamic=False)
 
     def step(self):
         """One optimiser step. Never waits for the device."""
@@ -407,7 +410,8 @@ class Learner:
             with torch.no_grad():
                 codes = self.model.encode(videos)
             hidden, label_hidden = draw_masks(key, number, *codes.shape[:3])
-            return masked_loss(network, codes, labels, hidden, label_hidden)
+            return masked_loss(network, codes, labels, hidden, label_hidden,
+                               pick=self.device.type == "cpu")
 
     def shuffle(self, epoch):
         """The order of an epoch: of the training videos, by a hash of seed, phase and epoch."""

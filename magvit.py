@@ -225,6 +225,21 @@ class Tokenizer(nn.Module):
 # --------------------------------------------------------------------------------------------------
 # The transformer: fills in hidden places of [class | video]
 
+SHORT = 16              # elements; on a GPU, attention over fewer is cheaper written out
+
+
+def attention(q, k, v):
+    """softmax(q k' / sqrt(d)) v, all (B, heads, length, d).
+
+    The flash kernels work on 128 elements at a time: for the 9 of a video of 8x32x32 they took 45 %
+    of a training step on an H100. Written out, the compiler fuses it into a few small kernels.
+    """
+    if not q.is_cuda or q.shape[2] > SHORT:
+        return F.scaled_dot_product_attention(q, k, v)
+    score = (q[..., :, None, :].float() * k[..., None, :, :].float()).sum(-1) / math.sqrt(q.shape[-1])
+    return (score.softmax(-1)[..., None] * v[..., None, :, :].float()).sum(-2).to(v.dtype)
+
+
 class Layer(nn.Module):
     """Pre-norm attention and perceptron, both residual, on (B, length, dim)."""
 
@@ -237,9 +252,8 @@ class Layer(nn.Module):
 
     def forward(self, x):
         qkv = self.qkv(self.norm1(x)).unflatten(-1, (3, self.heads, -1))
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)            # each (B, heads, length, d)
-        seen = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
-        x = x + self.mix(seen)
+        seen = attention(*qkv.permute(2, 0, 3, 1, 4))   # q, k, v: each (B, heads, length, d)
+        x = x + self.mix(seen.transpose(1, 2).flatten(2))
         return x + self.down(F.gelu(self.up(self.norm2(x))))
 
 

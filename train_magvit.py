@@ -80,7 +80,7 @@ PRESETS = {
         Learning(batch=1024, videos=22_000_000, rate=2e-3, decay=0.045, memory=256_000), ratio=1.1)}
 BETAS = (0.9, 0.99)
 WARM_UP = 0.03          # of a phase's steps, until the learning rate is at its peak
-LOOKS = 100             # validations a phase, at most
+LOOKS = 40              # validations a phase, at most
 VALIDATION_VIDEOS = 1000
 
 
@@ -208,7 +208,7 @@ def plan(run, total, settings):
 def machine(device):
     """What decides the last bits of a result, beside the settings."""
     kind = torch.cuda.get_device_name() if device.type == "cuda" else f"{device.type}"
-    return {"torch": torch.__version__, "device": kind, "threads": torch.get_num_threads()}
+    return {"torch": str(torch.__version__), "device": kind, "threads": torch.get_num_threads()}
 
 
 def warn_of_another_machine(run, before, now):
@@ -538,13 +538,13 @@ class Pace:
         self.spoke = self.began
 
     def keep(self, done, learner):
-        now = time.monotonic()
-        if now - self.spoke < 5 and (self.said or done - self.first < self.SAY_AFTER):
+        steps = done - self.first
+        early = steps == min(self.SAY_AFTER, self.phase.stop - self.first)
+        if time.monotonic() - self.spoke < 5 and not early:
             return
         learner.check_finite(done)      # waits for the device, so that the time is that of the work
         now = self.spoke = time.monotonic()
-        shown = (done - self.first) * self.phase.batch
-        self.seconds[self.phase.name] = (now - self.began) / shown
+        self.seconds[self.phase.name] = (now - self.began) / (steps * self.phase.batch)
         self.run.expect(self.left(done))
         if not self.said:
             self.said = True
@@ -570,10 +570,9 @@ class Pace:
                      f"epochs, transformer {second.epochs}: about {duration(left)}{short}")
 
     def text(self, done):
-        if self.phase.name not in self.seconds:
-            return "just begun"
-        return (f"{1 / self.seconds[self.phase.name]:.0f} videos/s, "
-                f"about {duration(self.left(done))} left")
+        seconds = self.of(self.phase)
+        speed = f"{1 / seconds:.0f} videos/s, " if seconds else ""
+        return f"{speed}about {duration(self.left(done))} left"
 
 
 # --------------------------------------------------------------------------------------------------

@@ -76,8 +76,8 @@ PRESETS = {
         Learning(batch=32, videos=1_500_000, rate=2e-3, decay=0.045, memory=32_000), ratio=0.8),
     "small": Preset(    # for one large GPU: five minutes
         dict(width=128, encoder_blocks=2, decoder_blocks=3, dim=256, layers=6, heads=8, chain=192),
-        Learning(batch=512, videos=5_500_000, rate=1.4e-3, decay=0.01, memory=256_000),
-        Learning(batch=1024, videos=22_000_000, rate=2e-3, decay=0.045, memory=256_000), ratio=1.1)}
+        Learning(batch=512, videos=6_000_000, rate=1.4e-3, decay=0.01, memory=256_000),
+        Learning(batch=1024, videos=27_000_000, rate=2e-3, decay=0.045, memory=256_000), ratio=1.0)}
 BETAS = (0.9, 0.99)
 WARM_UP = 0.03          # of a phase's steps, until the learning rate is at its peak
 LOOKS = 40              # validations a phase, at most
@@ -162,7 +162,7 @@ def train(settings, run):
             if done >= phase.stop:
                 continue
             learner = Learner(phase, model, videos, labels, parts, settings.seed)
-            if state.get("learning") and phase.start <= done:
+            if (state.get("learning") or {}).get("phase") == phase.name:
                 learner.restore(state["learning"])
             learner.shuffle((done - phase.start) // phase.epoch_steps)
             run.update(done, Phase=phase.name)

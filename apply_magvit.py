@@ -1,167 +1,214 @@
-"""Stage 4: a trained model at work: classify, generate, predict, evaluate.
+"""Stage 5: a trained model at work: classify, generate, predict.
 
-    python apply_magvit.py classify videos.npz                             # a line a video: number, class, probability
+    python apply_magvit.py classify videos.npz              # a line a video: number, class, probability
     python apply_magvit.py generate --class helical --n 16 --out made.npz
     python apply_magvit.py predict videos.npz --given 4 --out predicted.npz
-    python apply_magvit.py evaluate results/dataset.npz                    # the table of the end of training, again
+    python apply_magvit.py evaluate results/dataset.npz     # another name for evaluate_magvit.py
 
-The same --seed gives the same result. Files are written whole or not at all, and never over one that differs. Exit codes:
-0 done; 1 failed (a damaged file, a full disk, ...); 2 wrong arguments, an unknown class, videos of another shape.
+The same --seed gives the same result. What is made is saved as it goes, in OUT.parts, which is gone
+once OUT is whole: killed after an hour, the same command goes on. A file that is there is never
+replaced. Exit codes: 0 done; 1 failed; 2 wrong arguments, an unknown class, videos of another shape;
+143 and the like stopped by a signal, after saving.
 """
+import contextlib
 import io
 import json
+import os
 import sys
-import time
+import zipfile
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
-import torch
 
 import checkpointing
-import train_magvit as magvit
-from checkpointing import CheckpointError
+from checkpointing import WRONG_SETTINGS, CheckpointError
 from settings import OneLineParser
 
-BATCH = 256
+BATCH = 256             # videos at once; the work is cut at multiples of it, however it is interrupted
+PIECE = 16 * BATCH      # videos a checkpoint
+MODEL = "results/magvit_training/best_model.pt"
 
 
 def main():
     parser = OneLineParser(description=__doc__.partition("\n")[0])
     commands = parser.add_subparsers(dest="command", required=True, parser_class=OneLineParser)
-    classify_ = commands.add_parser("classify", help="print a line a video: its number, class and probability")
+    classify_ = commands.add_parser("classify", help="print a line a video: number, class, probability")
     generate_ = commands.add_parser("generate", help="make new videos of a class")
     predict_ = commands.add_parser("predict", help="continue videos from their first frames")
-    evaluate_ = commands.add_parser("evaluate", help="print the table of figures on a labelled data set")
+    evaluate_ = commands.add_parser("evaluate", help="measure the model on a labelled set")
     for command in (classify_, predict_):
-        command.add_argument("videos", metavar="VIDEOS.npz", help="an .npz with videos (N, T, C, H, W)")
-    evaluate_.add_argument("data", metavar="DATA", help="an .npz with videos and labels, or a run directory of generate.py")
-    classify_.add_argument("--json", metavar="FILE", help="also write the probabilities of all classes there")
-    generate_.add_argument("--class", dest="name", required=True, help="linear, circular, helical or parabolic")
+        command.add_argument("videos", metavar="VIDEOS", help="an .npz with videos (N, T, C, H, W), or a "
+                             "run directory of generate.py")
+    evaluate_.add_argument("data", metavar="DATA", help="an .npz with videos and labels, or a run "
+                           "directory of generate.py")
+    classify_.add_argument("--json", metavar="FILE", help="also write the chances of all classes there")
+    generate_.add_argument("--class", dest="name", required=True, help="linear, circular, helical or "
+                           "parabolic, or another that the model knows")
     generate_.add_argument("--n", type=int, default=16, help="number of videos (default 16)")
-    predict_.add_argument("--given", type=int, required=True, help="first frames that are given; the rest is predicted")
+    predict_.add_argument("--given", type=int, required=True, help="first frames that are given")
     for command in (generate_, predict_):
-        command.add_argument("--out", required=True, metavar="FILE.npz", help="where to write videos and labels")
+        command.add_argument("--out", required=True, metavar="FILE.npz", help="for videos and labels")
     for command in (classify_, generate_, predict_, evaluate_):
-        command.add_argument("--model", default="results/magvit_training/best_model.pt", metavar="FILE",
-                             help="(default results/magvit_training/best_model.pt)")
+        command.add_argument("--model", default=MODEL, metavar="FILE", help=f"(default {MODEL})")
         command.add_argument("--seed", type=int, default=0, help="of everything random (default 0)")
-        command.add_argument("--device", default="auto", help="cuda, mps or cpu (default: the first there is)")
+        command.add_argument("--device", default="auto", help="cuda, cpu or mps (default: cuda if there "
+                             "is one, else cpu)")
     arguments = parser.parse_args()
-    with checkpointing.one_line_errors(), torch.no_grad():
-        model = magvit.Model.load(arguments.model, magvit.choose_device(arguments.device))
-        {"classify": classify, "generate": generate, "predict": predict, "evaluate": evaluate}[arguments.command](
-            model, arguments)
+    if arguments.command == "evaluate":
+        stage = Path(__file__).with_name("evaluate_magvit.py")
+        os.execv(sys.executable, [sys.executable, str(stage), "--data", arguments.data, "--model",
+                                  arguments.model, "--seed", str(arguments.seed), "--device",
+                                  arguments.device])
+    with checkpointing.one_line_errors():
+        if arguments.command == "classify":
+            classify(arguments)
+        else:
+            make(arguments, generation if arguments.command == "generate" else prediction)
 
 
-def classify(model, arguments):
-    videos, _ = load_videos(arguments.videos, model)
-    chances = in_batches("classified", lambda part: model.class_probabilities(model.encode(part)).cpu(), videos)
-    if arguments.json:
-        rows = [{"video": i, "class": model.classes[int(row.argmax())], "probabilities":
-                 {name: round(float(p), 6) for name, p in zip(model.classes, row)}} for i, row in enumerate(chances)]
-        write_new(arguments.json, (json.dumps(rows, indent=1) + "\n").encode())
-    for i, row in enumerate(chances):
-        print(f"{i}\t{model.classes[int(row.argmax())]}\t{float(row.max()):.4f}")
+def load_model(arguments):
+    """After the arguments have been looked at: torch takes seconds."""
+    global magvit, torch
+    import magvit
+    import torch
+    return magvit.Magvit.load(arguments.model, magvit.open_device(arguments.device))
 
-
-def generate(model, arguments):
-    if arguments.name not in model.classes:
-        raise CheckpointError(f"--class {arguments.name}: this model knows {', '.join(model.classes)}", checkpointing.WRONG_SETTINGS)
-    if not 1 <= arguments.n <= 10**7:
-        raise CheckpointError(f"--n must be from 1 to 10000000, not {arguments.n}", checkpointing.WRONG_SETTINGS)
-    labels = torch.full((arguments.n,), model.classes.index(arguments.name))
-    generator = magvit.seeded(model.device, arguments.seed, "generate")
-    made = in_batches("generated", lambda part: model.generate(part.to(model.device), generator).cpu(), labels)
-    write_set(arguments.out, made, labels)
-
-
-def predict(model, arguments):
-    videos, labels = load_videos(arguments.videos, model)
-    step, frames = model.preset.stride_t, model.shape[0]
-    if arguments.given not in range(step, frames, step):
-        raise CheckpointError(f"--given must be one of {', '.join(map(str, range(step, frames, step)))}, not {arguments.given}",
-                              checkpointing.WRONG_SETTINGS)
-    generator = magvit.seeded(model.device, arguments.seed, "predict")
-    made = in_batches("predicted", lambda part: model.predict(part.to(model.device), arguments.given, generator).cpu(), videos)
-    if labels is None:
-        labels = in_batches("classified", lambda part: model.class_probabilities(model.encode(part)).argmax(1).cpu(), made)
-    write_set(arguments.out, made, labels)
-
-
-def evaluate(model, arguments):
-    data = magvit.load_data(arguments.data)
-    check_shape(data.videos, arguments.data, model)
-    if len(data.classes) != len(model.classes):
-        raise CheckpointError(f"{arguments.data}: {len(data.classes)} classes; this model knows {', '.join(model.classes)}",
-                              checkpointing.WRONG_SETTINGS)
-    part = magvit.split(data.labels)
-    magvit.check_split(data.videos, data.labels, part)
-    bench = SimpleNamespace(videos=torch.from_numpy(data.videos).to(model.device), device=model.device, average=model,
-                            labels=torch.from_numpy(data.labels).to(model.device), judge=None, breathe=lambda: None,
-                            parts=[torch.from_numpy(np.flatnonzero(part == k)).to(model.device) for k in range(3)],
-                            settings=SimpleNamespace(seed=arguments.seed))
-    metrics = {}
-    for name, measure in magvit.EVALUATIONS.items():
-        print(f"evaluating: {name}", file=sys.stderr, flush=True)
-        metrics[name] = measure(bench, model)
-    print(magvit.table(metrics))
-    for warning in magvit.warnings_of(metrics, len(model.classes)):
-        print(f"WARNING: {warning}")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 
 def load_videos(path, model):
-    """(videos, labels or None) as tensors on the CPU, of the shape the model takes."""
-    path = Path(path)
-    if not path.is_file():
-        raise CheckpointError(f"{path}: no such file", checkpointing.WRONG_SETTINGS)
-    arrays = magvit.read_arrays(path)
-    if "videos" not in arrays:
-        raise CheckpointError(f"{path}: has no videos; it has {', '.join(arrays)}")
-    videos = magvit.checked_videos(arrays["videos"], path)
-    check_shape(videos, path, model)
-    labels = arrays.get("labels")
+    """Videos of the shape that the model takes, and their labels or None."""
+    videos, labels, _ = magvit.read(path)
+    if videos.shape[1:] != model.shape:
+        raise CheckpointError(f"{path}: videos of (T, C, H, W) = {videos.shape[1:]}; this model takes "
+                              f"{model.shape}", WRONG_SETTINGS)
     fits = labels is not None and labels.shape == (len(videos),) and labels.dtype.kind in "iu"
     return torch.from_numpy(videos), torch.from_numpy(labels.astype(np.int64)) if fits else None
 
 
-def check_shape(videos, path, model):
-    if tuple(videos.shape[1:]) != model.shape:
-        raise CheckpointError(f"{path}: videos of (T, C, H, W) = {tuple(videos.shape[1:])}; this model takes {model.shape}",
-                              checkpointing.WRONG_SETTINGS)
+def classify(arguments):
+    refuse_to_replace(arguments.json)
+    model = load_model(arguments)
+    videos, rows = load_videos(arguments.videos, model)[0], []
+    for part in videos.split(BATCH):
+        for chances in model.class_probabilities(model.encode(part)).cpu():
+            name = model.classes[int(chances.argmax())]
+            checkpointing.tell(f"{len(rows)}\t{name}\t{float(chances.max()):.4f}")
+            rows.append({"video": len(rows), "class": name, "probabilities": {
+                name: round(float(p), 6) for name, p in zip(model.classes, chances)}})
+    if arguments.json:
+        write(arguments.json, lambda path: checkpointing.write_atomic(
+            path, json.dumps(rows, indent=1) + "\n"))
 
 
-def in_batches(verb, function, items):
-    """torch.cat of function(batch), with a line on stderr every few seconds."""
-    done, results, spoke = 0, [], time.monotonic()
-    for part in items.split(BATCH):
-        results.append(function(part))
-        done += len(part)
-        if time.monotonic() - spoke > 3 and done < len(items):
-            print(f"{verb} {done}/{len(items)}", file=sys.stderr, flush=True)
-            spoke = time.monotonic()
-    return torch.cat(results)
+# --------------------------------------------------------------------------------------------------
+# Making videos: pieces that are saved as they come, then joined
+
+def make(arguments, kind):
+    out = Path(arguments.out)
+    if out.suffix != ".npz":
+        raise CheckpointError(f"--out {out}: the videos are written as .npz; give it such a name, and "
+                              "`python report.py FILE.npz` shows them", WRONG_SETTINGS)
+    refuse_to_replace(out)
+    parts = out.with_name(out.name + ".parts")
+    run = checkpointing.Run(parts, every=PIECE, suffix=".npz", unit="videos",
+                            title=f"MAGVIT {kind.__name__}")
+    with run:
+        model = load_model(arguments)
+        total, block, asked = kind(model, arguments)
+        run.plan(total, {"command": kind.__name__, "seed": arguments.seed, **asked,
+                         "model": checkpointing.sha256(arguments.model)})
+        for piece in run.pieces():
+            made = [block(first, last) for first, last in piece.blocks(BATCH)]
+            videos, labels = (torch.cat(tensors).numpy() for tensors in zip(*made))
+            buffer = io.BytesIO()
+            np.savez_compressed(buffer, videos=videos, labels=labels)
+            piece.save(buffer.getvalue())
+        given = {"given": np.int64(arguments.given)} if kind is prediction else {}
+        write(out, lambda path: checkpointing.write_sealed(path, lambda file: join(file, parts, given)))
+    remove(parts)
+    checkpointing.tell(f"{out}: {total} videos {model.shape}")
 
 
-def write_set(path, videos, labels):
-    buffer = io.BytesIO()
-    np.savez_compressed(buffer, videos=videos.numpy(), labels=labels.numpy().astype(np.int64))
-    write_new(path, buffer.getvalue())
-    print(f"{path}: {len(videos)} videos {tuple(videos.shape[1:])}")
+def generation(model, arguments):
+    """(number of videos, function that makes those from first to last - 1, what decides them)."""
+    if arguments.name not in model.classes:
+        raise CheckpointError(f"--class {arguments.name}: this model knows {', '.join(model.classes)}",
+                              WRONG_SETTINGS)
+    if not 1 <= arguments.n <= 10**7:
+        raise CheckpointError(f"--n must be from 1 to 10000000, not {arguments.n}", WRONG_SETTINGS)
+
+    def block(first, last):
+        labels = torch.full((last - first,), model.classes.index(arguments.name), device=model.device)
+        numbers = torch.arange(first, last, device=model.device)
+        return model.generate(labels, arguments.seed, numbers).cpu(), labels.cpu()
+    return arguments.n, block, {"n": arguments.n, "class": arguments.name}
 
 
-def write_new(path, content):
-    """Write a file, but not over one that holds something else."""
-    path = Path(path)
-    if path.exists() and (not path.is_file() or path.read_bytes() != content):
-        raise CheckpointError(f"{path} exists and differs; it is left alone. Move it away or choose another name")
+def prediction(model, arguments):
+    """As `generation`; videos without labels get the class that the model sees in the result."""
+    videos, labels = load_videos(arguments.videos, model)
+    if arguments.given not in range(1, model.shape[0]):
+        raise CheckpointError(f"--given must be from 1 to {model.shape[0] - 1}, not {arguments.given}",
+                              WRONG_SETTINGS)
+
+    def block(first, last):
+        numbers = torch.arange(first, last, device=model.device)
+        made = model.predict(videos[first:last], arguments.given, arguments.seed, numbers)
+        seen = labels[first:last] if labels is not None else (
+            model.class_probabilities(model.encode(made)).argmax(1))
+        return made.cpu(), seen.cpu()
+    return len(videos), block, {"given": arguments.given, "videos": checkpointing.sha256(
+        arguments.videos) if Path(arguments.videos).is_file() else arguments.videos}
+
+
+def join(file, parts, more):
+    """One .npz of the pieces, each array a piece at a time."""
+    paths = [path for _, path in checkpointing.find_checkpoints(parts)]
+
+    def array(name):
+        for path in paths:
+            with np.load(path, allow_pickle=False) as piece:
+                yield piece[name]
+    count = sum(len(labels) for labels in array("labels"))
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name in ("videos", "labels"):
+            shape = (count, *next(array(name)).shape[1:])
+            kind = np.lib.format.dtype_to_descr(next(array(name)).dtype)
+            member = zipfile.ZipInfo(f"{name}.npy")     # dated 1980: the same bytes every time
+            member.compress_type = zipfile.ZIP_DEFLATED
+            with archive.open(member, "w", force_zip64=True) as stream:
+                np.lib.format.write_array_header_1_0(
+                    stream, {"descr": kind, "fortran_order": False, "shape": shape})
+                for piece in array(name):
+                    stream.write(piece.tobytes())
+        for name, value in more.items():
+            with archive.open(zipfile.ZipInfo(f"{name}.npy"), "w") as stream:
+                np.lib.format.write_array(stream, np.asarray(value))
+
+
+def remove(parts):
+    """What this stage wrote there, once it is in the file; anything else stays."""
+    for path in [path for _, path in checkpointing.find_checkpoints(parts)]:
+        path.unlink()
+    for name in ("run.json", "checkpoints.jsonl", "PROGRESS.txt", ".lock"):
+        with contextlib.suppress(FileNotFoundError):
+            (parts / name).unlink()
+    with contextlib.suppress(OSError):
+        parts.rmdir()
+
+
+def refuse_to_replace(path):
+    if path and os.path.lexists(path):
+        raise CheckpointError(f"{path} exists; it is left alone. Move it away or choose another name")
+
+
+def write(path, writer):
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise CheckpointError(f"{path.parent}: cannot make this directory ({error.strerror})") from None
-    checkpointing.write_atomic(path, content)
+        raise CheckpointError(f"{Path(path).parent}: cannot make this directory "
+                              f"({error.strerror})") from None
+    refuse_to_replace(path)
+    writer(Path(path))
 
 
 if __name__ == "__main__":

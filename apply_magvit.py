@@ -109,13 +109,12 @@ def make(arguments, kind):
                               "`python report.py FILE.npz` shows them", WRONG_SETTINGS)
     refuse_to_replace(out)
     parts = out.with_name(out.name + ".parts")
-    run = checkpointing.Run(parts, every=PIECE, suffix=".npz", unit="videos",
-                            title=f"MAGVIT {kind.__name__}")
-    with run:
-        model = load_model(arguments)
-        total, block, asked = kind(model, arguments)
-        run.plan(total, {"command": kind.__name__, "seed": arguments.seed, **asked,
-                         "model": checkpointing.sha256(arguments.model)})
+    model = load_model(arguments)
+    total, block, asked = kind(model, arguments)
+    decisive = {"command": kind.__name__, "seed": arguments.seed, **asked,
+                "model": checkpointing.sha256(arguments.model)}
+    with checkpointing.Run(parts, total, every=PIECE, suffix=".npz", unit="videos",
+                           title=f"MAGVIT {kind.__name__}", settings=decisive) as run:
         for piece in run.pieces():
             made = [block(first, last) for first, last in piece.blocks(BATCH)]
             videos, labels = (torch.cat(tensors).numpy() for tensors in zip(*made))

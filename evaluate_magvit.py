@@ -15,13 +15,9 @@ from pathlib import Path
 import numpy as np
 
 import checkpointing
+import report
 from checkpointing import CheckpointError
 from settings import option, parse_settings
-
-try:
-    import report
-except ModuleNotFoundError:
-    report = None
 
 MANY, FEW = 4000, 1000  # test videos measured at most; the fewer where each is sampled
 SAMPLES = 8             # drawn for a generated video; the surest is kept, the first is the unchosen
@@ -76,6 +72,7 @@ def evaluate(settings, data=None):
         checkpointing.tell(table(metrics))
         for warning in metrics["warnings"]:
             checkpointing.tell(f"WARNING: {warning}")
+    report.refresh(out, force=True)
 
 
 def check_fit(model, data, path):
@@ -147,8 +144,6 @@ def work(run, bench, jobs, state, out):
         if metrics["warnings"]:
             run.update(run.total, Warning="; ".join(metrics["warnings"]))
         run.save(run.total, magvit.saved(state))
-        if report:
-            report.refresh(out, force=True)
     return metrics
 
 
@@ -299,7 +294,7 @@ def judged(judge, videos):
 
 
 def judge_steps(bench):
-    return min(JUDGE_STEPS, 100 + 20 * len(bench.training) // JUDGE_BATCH)
+    return min(JUDGE_STEPS, 20 * max(1, len(bench.training) // JUDGE_BATCH))
 
 
 def loaded_judge(bench, state):

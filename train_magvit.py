@@ -24,13 +24,9 @@ import numpy as np
 
 import checkpointing
 import evaluate_magvit
+import report
 from checkpointing import CheckpointError, duration
 from settings import option, parse_settings
-
-try:
-    import report
-except ModuleNotFoundError:
-    report = None
 
 @dataclass
 class Settings:
@@ -104,8 +100,15 @@ def main():
     with run:
         import_torch()
         data = train(settings, run)
+    report.refresh(settings.out, force=True)
+    evaluation = Path(settings.out) / "evaluation"
+    if data is None and checkpointing.read_progress(
+            evaluation / "PROGRESS.txt").get("Status") == "COMPLETE":
+        checkpointing.tell(f"nothing is left to do; the figures are in {evaluation}/metrics.json, and "
+                           f"python evaluate_magvit.py --model {settings.out}/best_model.pt shows them")
+        return
     evaluate_magvit.evaluate(evaluate_magvit.Settings(
-        model=f"{settings.out}/best_model.pt", data=settings.data, out=f"{settings.out}/evaluation",
+        model=f"{settings.out}/best_model.pt", data=settings.data, out=str(evaluation),
         device=settings.device, seed=settings.seed, max_minutes=settings.max_minutes,
         heartbeat=settings.heartbeat), data)
 
@@ -122,7 +125,7 @@ def import_torch():
 # The run, from wherever it was to the end of training
 
 def train(settings, run):
-    """Train until `run` is complete. Returns the data."""
+    """Train until `run` is complete. Returns the data; None if there was nothing to do."""
     device = magvit.open_device(settings.device)
     name = settings.preset if settings.preset != "auto" else "small" if device.type == "cuda" else "tiny"
     preset = PRESETS[name]
@@ -148,7 +151,7 @@ def train(settings, run):
         "seed": settings.seed, "videos": len(data.videos), "shape": list(shape), "data": digest})
     state = run.load(lambda file: torch.load(file, map_location="cpu", weights_only=True), {})
     if run.done >= run.total:
-        return data
+        return None
     history, best, done = state.get("history", []), state.get("best"), run.done
     if state:
         model.load_state_dict(state["model"])
@@ -652,8 +655,7 @@ class Saver:
         buffer = io.BytesIO()
         np.savez_compressed(buffer, **shown)
         checkpointing.write_sealed(self.out / "samples.npz", buffer.getvalue())
-        if report:
-            report.refresh(self.out)
+        report.refresh(self.out)
 
     def _model(self, name, weights, note):
         if checkpointing.note_of(self.out / name) != note:

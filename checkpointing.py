@@ -24,7 +24,8 @@ Promised, on a local Linux or macOS file system:
   6. A job that forks, uses pools or threads, or writes where nobody reads, behaves as without us.
   7. Exit codes: 0 complete; 1 failed, or left before the end; 2 wrong settings; 75 directory in
      use; 129, 130, 143 stopped by SIGHUP, SIGINT, SIGTERM after saving what was done.
-A kill repeats the units since the last checkpoint, their side effects elsewhere included.
+A kill repeats the units since the last checkpoint, their side effects elsewhere included: at most
+those of max_minutes and the one in work. Of nested runs the inner one saves when a signal comes.
 Not promised: anything on Windows (no fcntl); the lock and durability on network file systems,
 which may lie about both; a disk that acknowledges a flush it did not do; checkpoints changed on
 purpose (checksums are not signatures).
@@ -280,6 +281,8 @@ class Run:
         be stored; what was saved before is then untouched, and saving may be tried again.
         """
         number = int(number)   # perhaps numpy's
+        if self.store.newest == self.store.name(number):
+            return   # the loop has saved it already
         self._save(number, number, number, write)
         self.store.retain(self.keep)
 
@@ -486,14 +489,18 @@ def map(function, items, out, *, every=1000, **options):
 
     A checkpoint holds up to `every` results as lines {"item", "value"} of JSON, so values are what
     JSON gives back (a tuple becomes a list), also at the first run. At a restart the items must be
-    the same, as far as they are JSON; more may be added at the end. options: those of Run.
+    the same, as far as they are JSON; more may be added at the end. options: those of Run, but for
+    first. A function is known by its name (and a partial by its arguments, too).
     An item that fails is named, what was done is saved, and its exception goes on.
     """
     items, lines = list(items), []
     texts = [_as_json(item) for item in items]   # now: the function may change an item
     if not items:
         return []
-    name = getattr(function, "__qualname__", type(function).__name__)
+    plain = getattr(function, "func", function)   # of a functools.partial
+    name = getattr(plain, "__qualname__", type(plain).__name__)
+    if plain is not function:
+        name += f"{function.args}{function.keywords}"
     with Run(out, len(items), every=every, suffix=".jsonl", unit=options.pop("unit", "items"),
              settings={"function": name, "items": len(items), **options.pop("settings", {})},
              may_grow=("items",), **options) as run:
@@ -728,8 +735,11 @@ def _seal(file, note):
     else:
         file.seek(0)
         body = file.read().rstrip()
-        if not body.endswith(b"}"):
-            raise ValueError("only zip-based files and JSON objects can be sealed")
+        try:
+            assert isinstance(json.loads(body), dict)
+        except (ValueError, AssertionError):
+            raise ValueError("only a zip-based file without a comment or a JSON object can be "
+                             "sealed") from None
         body = body[:-1].rstrip()
         body += b'\n "seal": "' if body.endswith(b"{") else b',\n "seal": "'
         file.seek(0)
@@ -1191,7 +1201,7 @@ class Progress:
             if not hold:
                 path.unlink()
                 return
-            flags = os.O_WRONLY | os.O_CREAT | os.O_NONBLOCK | os.O_CLOEXEC
+            flags = os.O_WRONLY | os.O_CREAT | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOFOLLOW
             with open(os.open(path, flags, 0o666), "wb") as file:
                 if stat.S_ISREG(os.fstat(file.fileno()).st_mode):
                     file.write(bytes(16384))
@@ -1244,7 +1254,7 @@ class Progress:
             ("Advanced", int(wall - (now - self.moved))),
             ("Interval", f"{self.heartbeat:g} s"),
             ("Run", self.id), ("PID", os.getpid()), ("Host", socket.gethostname())]
-        return self.title + "\n" + "".join(f"{_one_line(k)}: {_one_line(v)}\n" for k, v in lines)
+        return _one_line(self.title) + "\n" + "".join(f"{_one_line(k)}: {_one_line(v)}\n" for k, v in lines)
 
     def says_complete(self):
         before = read_progress(self.path)
@@ -1362,7 +1372,7 @@ class DirectoryLock:
     def __init__(self, directory):
         path = Path(directory) / ".lock"
         try:
-            flags = os.O_RDWR | os.O_CREAT | os.O_NONBLOCK | os.O_CLOEXEC
+            flags = os.O_RDWR | os.O_CREAT | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOFOLLOW
             self.file = os.open(path, flags, 0o666)
         except OSError as error:
             raise CheckpointError(f"{directory}: cannot write here ({error.strerror}). Nothing was "
@@ -1699,6 +1709,10 @@ def accept(files):
             raise CheckpointError(f"{path}: no such checkpoint", WRONG_SETTINGS)
         with DirectoryLock(path.parent):
             store, number = Store(path.parent, match[2]), int(match[1])
+            if store.found()[0][0] == 0:
+                raise CheckpointError(f"{path.parent} holds pieces, which say nothing of their "
+                                      "length: bring back their records, or move the files away to "
+                                      "do their work again", WRONG_SETTINGS)
             if path.name in read_records(path.parent):
                 raise CheckpointError(f"{path} has its record; nothing was changed", WRONG_SETTINGS)
             store._append({"name": path.name, "start": number, "stop": number, "elapsed": 0,

@@ -154,32 +154,6 @@ class Run:
             raise RuntimeError(f"step {self.done} was left by break: leave the Run's block, too")
         return self._steps(write)
 
-    def _steps(self, write):
-        untried = not self.store.newest
-        while self.done < self.total and not self._finishing:
-            self.leave_if_asked()
-            self._open_step = (self.done + 1, write)
-            try:
-                yield self.done
-            except GeneratorExit:
-                if not left_by_break(sys._getframe(1)):
-                    self._open_step = None   # an exception: not done, its state half changed
-                raise
-            self._open_step = None
-            self.update(self.done + 1)
-            if self.done % self.every == 0 or self.done >= self.total or self.due():
-                self.save(self.done, write)
-            elif untried:   # what cannot be stored shows at the first step, not in an hour
-                self.store.rehearse(write)
-            untried = False
-
-    def _close_open_step(self):
-        """Save what a loop left by break has done; the step it stood in counts as done."""
-        if self._open_step:
-            (number, write), self._open_step = self._open_step, None
-            self.update(number)
-            self.save(number, write)
-
     # -- 2. a long list of results, piece by piece
 
     def pieces(self, length=None):
@@ -189,41 +163,6 @@ class Run:
         checkpoint holds whose record was lost; without it such a file is set aside.
         """
         return self._pieces(self._uncovered(length))
-
-    def _pieces(self, gaps):
-        if gaps:
-            self.begin()
-        for start, stop in gaps:
-            while start < stop and not self._finishing:
-                self.leave_if_asked()
-                cut = min(stop, start - start % self.every + self.every)   # as undisturbed
-                piece = Piece(self, start, cut)
-                yield piece
-                if piece.done == start or piece.saved != piece.done:
-                    raise RuntimeError(f"piece {start} to {cut - 1}: iterate over it (or over its "
-                                       "blocks) and call its save() before you ask for the next")
-                start = piece.done
-        self.leave_if_asked()
-
-    def _uncovered(self, length):
-        """[(start, stop)] of the gaps between the good checkpoints."""
-        self._must_be_ours()
-        good = self.store.good(length=length)
-        self.store.warn_of_what_is_gone({path.name for _, _, path in good})
-        if any(self.store.records.get(path.name, {}).get("complete") for _, _, path in good):
-            self.progress.total = good[-1][1] - self.first   # finish() has said so
-        at, end, gaps = self.first, self.first + self.total, []
-        for start, stop, path in good:
-            if start < at or stop > end:
-                raise CheckpointError(f"{path}: holds {start} to {stop - 1}, which overlaps its "
-                                      f"neighbour or lies outside {self.first} to {end - 1}. "
-                                      "Nothing was changed; is it from another run?")
-            gaps.append((at, start))
-            at = stop
-        held = sum(stop - start for start, stop, _ in good)
-        self._found(held, good[-1][2] if good else None)
-        gaps.append((at, end))
-        return [(start, stop) for start, stop in gaps if start < stop]
 
     # -- 3. a loop of your own
 
@@ -286,15 +225,6 @@ class Run:
         self._save(number, number, number, write)
         self.store.retain(self.keep)
 
-    def _save(self, start, stop, durable, content):
-        self._must_be_ours()
-        self.store.add(start, stop, content, self.progress.elapsed(), complete=self._finishing)
-        self._saved_at = time.monotonic()
-        self.progress.durable = durable
-        if self._finishing:
-            self.progress.total = durable
-        self.progress.show_checkpoint(self.store.newest)
-
     def leave_if_asked(self):
         """Exit with 128 + signal if a signal came and all that was done is saved.
 
@@ -314,6 +244,78 @@ class Run:
     def log(self, line):
         """A line on stdout, out of the bar's way; dropped if nobody reads, never waited for."""
         self.progress.log(line)
+
+    # -- behind them: nothing below needs to be known to use it
+
+    def _steps(self, write):
+        untried = not self.store.newest
+        while self.done < self.total and not self._finishing:
+            self.leave_if_asked()
+            self._open_step = (self.done + 1, write)
+            try:
+                yield self.done
+            except GeneratorExit:
+                if not left_by_break(sys._getframe(1)):
+                    self._open_step = None   # an exception: not done, its state half changed
+                raise
+            self._open_step = None
+            self.update(self.done + 1)
+            if self.done % self.every == 0 or self.done >= self.total or self.due():
+                self.save(self.done, write)
+            elif untried:   # what cannot be stored shows at the first step, not in an hour
+                self.store.rehearse(write)
+            untried = False
+
+    def _close_open_step(self):
+        """Save what a loop left by break has done; the step it stood in counts as done."""
+        if self._open_step:
+            (number, write), self._open_step = self._open_step, None
+            self.update(number)
+            self.save(number, write)
+
+    def _pieces(self, gaps):
+        if gaps:
+            self.begin()
+        for start, stop in gaps:
+            while start < stop and not self._finishing:
+                self.leave_if_asked()
+                cut = min(stop, start - start % self.every + self.every)   # as undisturbed
+                piece = Piece(self, start, cut)
+                yield piece
+                if piece.done == start or piece.saved != piece.done:
+                    raise RuntimeError(f"piece {start} to {cut - 1}: iterate over it (or over its "
+                                       "blocks) and call its save() before you ask for the next")
+                start = piece.done
+        self.leave_if_asked()
+
+    def _uncovered(self, length):
+        """[(start, stop)] of the gaps between the good checkpoints."""
+        self._must_be_ours()
+        good = self.store.good(length=length)
+        self.store.warn_of_what_is_gone({path.name for _, _, path in good})
+        if any(self.store.records.get(path.name, {}).get("complete") for _, _, path in good):
+            self.progress.total = good[-1][1] - self.first   # finish() has said so
+        at, end, gaps = self.first, self.first + self.total, []
+        for start, stop, path in good:
+            if start < at or stop > end:
+                raise CheckpointError(f"{path}: holds {start} to {stop - 1}, which overlaps its "
+                                      f"neighbour or lies outside {self.first} to {end - 1}. "
+                                      "Nothing was changed; is it from another run?")
+            gaps.append((at, start))
+            at = stop
+        held = sum(stop - start for start, stop, _ in good)
+        self._found(held, good[-1][2] if good else None)
+        gaps.append((at, end))
+        return [(start, stop) for start, stop in gaps if start < stop]
+
+    def _save(self, start, stop, durable, content):
+        self._must_be_ours()
+        self.store.add(start, stop, content, self.progress.elapsed(), complete=self._finishing)
+        self._saved_at = time.monotonic()
+        self.progress.durable = durable
+        if self._finishing:
+            self.progress.total = durable
+        self.progress.show_checkpoint(self.store.newest)
 
     # -- entering and leaving
 
@@ -994,7 +996,12 @@ class Store:
             known = {"name": path.name, "start": start, "stop": stop, "elapsed": round(elapsed, 1),
                      "bytes": os.path.getsize(temp), "sha256": sha256(temp)}
             self._append(dict(known, complete=True) if complete else known)
-        write_atomic(path, content, before_commit=record)
+        try:
+            write_atomic(path, content, before_commit=record)
+        except CheckpointError:   # the directory's fsync, after the rename: it may be tried again
+            with contextlib.suppress(OSError):
+                os.unlink(path)
+            raise
         self.newest = path.name
 
     def mark_complete(self):

@@ -1167,3 +1167,22 @@ with checkpointing.Run(out + "2", 1000, every=1000) as run:
 """
     finish(job(tmp_path, code), code=143)
     assert [n for n, _ in find_checkpoints(tmp_path / "out2")] == [21]
+
+
+def test_a_save_that_failed_after_its_rename_can_be_tried_again(tmp_path, monkeypatch):
+    real, failures = checkpointing.sync_directory, [1]
+
+    def fail_once(directory):
+        if failures:
+            failures.pop()
+            raise OSError(errno.EIO, "Input/output error")
+        real(directory)
+
+    monkeypatch.setattr(checkpointing, "sync_directory", fail_once)
+    with Run(tmp_path, 10) as job_:
+        job_.begin()
+        with pytest.raises(CheckpointError):
+            job_.save(10, "x")
+        assert job_.durable == 0 and not find_checkpoints(tmp_path)
+        job_.save(10, "x")
+    assert checkpointing.verify([tmp_path]) == 0

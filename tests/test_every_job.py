@@ -1170,7 +1170,7 @@ with checkpointing.Run(out + "2", 1000, every=1000) as run:
 
 
 def test_a_save_that_failed_after_its_rename_can_be_tried_again(tmp_path, monkeypatch):
-    real, failures = checkpointing.sync_directory, [1]
+    real, failures = checkpointing.sync_directory, []
 
     def fail_once(directory):
         if failures:
@@ -1181,6 +1181,7 @@ def test_a_save_that_failed_after_its_rename_can_be_tried_again(tmp_path, monkey
     monkeypatch.setattr(checkpointing, "sync_directory", fail_once)
     with Run(tmp_path, 10) as job_:
         job_.begin()
+        failures.append(1)
         with pytest.raises(CheckpointError):
             job_.save(10, "x")
         assert job_.durable == 0 and not find_checkpoints(tmp_path)

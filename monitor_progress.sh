@@ -41,7 +41,8 @@ plain() { tr -d '\r' <"$1" | tr -c '\n -~' '?'; }
 
 # watched SECONDS COMMAND ...: runs it in a process group of its own, of which nothing is left at
 # the end; exit code 124 when the time was over. SIGTERM comes first and goes to the command alone:
-# openrsync keeps what it has of a file on SIGTERM, but not on SIGALRM or SIGKILL.
+# openrsync keeps what it has of a file on SIGTERM, but not on SIGALRM or SIGKILL, and the processes
+# of GNU rsync lose it when a signal meets them in their cleaning up.
 watched() {
     exec perl -e '
         my ($left, $asked, $late) = (shift, 0, 0);
@@ -54,14 +55,14 @@ watched() {
             kill KILL => -$child if $asked > 2;
             alarm 3;
         }
-        $SIG{$_} = \&stop for qw(TERM INT HUP);
+        $SIG{$_} = sub { stop() unless $asked } for qw(TERM INT HUP);
         $SIG{ALRM} = sub { $late = 1 unless $asked; stop() };
         alarm $left;
         waitpid $child, 0;
         my $status = $?;
         alarm 0;
-        for (1 .. 30) {
-            kill TERM => -$child or last;
+        for (1 .. 30) {   # its children may still be putting away what they have
+            kill $_ > 20 ? "TERM" : 0, -$child or last;
             select undef, undef, undef, 0.1;
         }
         kill KILL => -$child;

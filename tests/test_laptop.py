@@ -939,15 +939,31 @@ def test_with_openrsync_the_limit_in_mid_file_loses_nothing_of_it(far, tmp_path)
 
 def test_with_the_rsync_of_this_machine_too(far, tmp_path):
     there, here = tmp_path / "there", tmp_path / "here"
-    big(there, 6)
+    big(there, 10)
     far.cutter.rate = 1 << 20
     try:
-        assert "not finished" in sync(far, f"cut:{there}", here, code=75, SYNC_SECONDS=4)
+        assert "not finished" in sync(far, f"cut:{there}", here, code=75, SYNC_SECONDS=6)
     finally:
         far.cutter.rate = None
-    assert (here / ".rsync-partial" / "checkpoint_00000.npz").stat().st_size > 1 << 20
+    assert (here / ".rsync-partial" / "checkpoint_00000.npz").stat().st_size > 0
     sync(far, f"cut:{there}", here)
     assert same(there, here, ["checkpoint_00000.npz"]) and not hidden(here)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_in_mid_file_loses_nothing_of_it(far, tmp_path, number):
+    there, here = tmp_path / "there", tmp_path / "here"
+    big(there, 10)
+    far.cutter.rate = 2 << 20
+    try:
+        copier = behind(far, SYNC, f"cut:{there}", here, start_new_session=True)
+        wait_for(lambda: in_flight(here), "the transfer")
+        os.killpg(copier.pid, number)
+        copier.communicate(timeout=15)
+    finally:
+        far.cutter.rate = None
+    assert copier.returncode == 128 + number
+    assert (here / ".rsync-partial" / "checkpoint_00000.npz").stat().st_size > 1 << 20
 
 
 def users(path):

@@ -224,7 +224,7 @@ def word(done):
 
 
 def test_running_then_complete_with_bar_lines_and_both_ages(far, tmp_path):
-    process = begin(tmp_path / "run", 300, PAUSE=0.01)
+    process = begin(tmp_path / "run", 300, PAUSE=0.03)
     running = monitor(far, "-1", f"box:{tmp_path}", code=4)
     assert f"box:{tmp_path}/run: RUNNING" in running.stdout
     assert re.search(r"\[#*-+\] \d+%", running.stdout) and "Progress: " in running.stdout
@@ -245,7 +245,7 @@ def test_it_watches_until_all_have_ended_and_rings_once_for_each_change(far, tmp
 def test_a_notification_goes_to_osascript_with_text_as_arguments(far, tmp_path):
     said = shlex.quote(str(tmp_path / "said"))
     stub = far.stub(tmp_path, "osascript", f'printf "%s\\n" "$@" >> {said}')
-    process = begin(tmp_path / "run", 200, PAUSE=0.01)
+    process = begin(tmp_path / "run", 200, PAUSE=0.03)
     monitor(far, "-i", 1, tmp_path, code=0, **stub)
     process.wait(timeout=30)
     said = (tmp_path / "said").read_text().splitlines()

@@ -8,14 +8,13 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 from conftest import ROOT, kill, wait_for
 
 from checkpointing import find_checkpoints, read_progress
 
-README = Path(os.environ.get("README", ROOT / "README.md")).read_text()
+README = (ROOT / "README.md").read_text()
 EXAMPLES = re.findall(r"```python\n(.*?)```", README, re.S)
 
 PREAMBLE = f"""import functools, sys, time

@@ -3,6 +3,7 @@
 Each test runs the very line of README.md as cron would run it: by `sh`, in $HOME, in an environment
 that is empty but for what cron sets.
 """
+import contextlib
 import os
 import random
 import re
@@ -18,7 +19,7 @@ from conftest import ROOT, need, run, wait_for
 
 from checkpointing import read_progress, sha256
 
-README = Path(os.environ.get("README", ROOT / "README.md")).read_text()
+README = (ROOT / "README.md").read_text()
 CRONTAB = re.findall(r"^\*/\d+ \* \* \* \* (.+)$", README, re.M)
 LINES = [line for line in CRONTAB if "generate.py" in line and "train_magvit.py" not in line]
 STAGES = [line for line in CRONTAB if "train_magvit.py" in line]
@@ -78,11 +79,21 @@ class Cron:
 
 def kill_group(process):
     """All processes of the session are gone at once: a power cut, or a kill for lack of memory."""
-    try:
+    with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
     process.communicate(timeout=30)
+    wait_for(lambda: not living(process.pid), "the end of all processes of the group")
+
+
+def living(group):
+    """Processes of this group that have not ended: only then are their locks free."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            state, _, its_group = path.read_text().rpartition(")")[2].split()[:3]
+            if int(its_group) == group and state not in "ZX":
+                found.append(path)
+    return found
 
 
 def kill_python(process):

@@ -49,6 +49,8 @@ import checkpointing  # noqa: E402
 import generate  # noqa: E402
 import merge  # noqa: E402
 
+for stage in (generate, merge):   # drawing the page took most of the time; it is no checkpoint
+    stage.report.refresh = lambda *_, **__: None
 HANG = 30   # seconds after which a process counts as hanging
 
 
@@ -460,7 +462,7 @@ def order(work, moments, deadline):
         for line in lines:
             line = line.replace("<unfinished ...>", "")   # another thread came between
             match = re.match(r"\d+ +(fsync|fdatasync|rename\w*)\((.*)", line)
-            if not match or re.search(r"PROGRESS.txt|report.(html|png)| = -1 ", line):
+            if not match or re.search("PROGRESS.txt| = -1 ", line):
                 continue
             names = re.findall(r"[<\"]([^<>\"]+)[>\"]", match[2])
             step, place = "sync" if "sync" in match[1] else "rename", names[-1]
@@ -507,7 +509,8 @@ class Disk:
         try:
             self.mount()
         except subprocess.CalledProcessError as error:
-            raise ToolMissing(f"a loop device is needed ({error.stderr.decode().strip()})") from None
+            said = error.stderr.decode().strip()
+            raise ToolMissing(f"a loop device is needed ({said})") from None
 
     def mount(self):
         subprocess.run(["mount", "-o", "loop" + self.options, self.image, self.path], check=True,

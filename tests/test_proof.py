@@ -7,8 +7,8 @@ import pytest
 from conftest import ROOT, missing
 
 SEED = 1
-SECONDS = {"order": 1, "kill": 8, "fail": 12, "power": 12, "rot": 8, "starts": 3, "signals": 6,
-           "histories": 8}
+SECONDS = {"order": 1, "kill": 6, "fail": 10, "power": 10, "rot": 6, "starts": 2, "signals": 5,
+           "histories": 6}
 
 
 def proof(part, seconds, *more):

@@ -1,14 +1,14 @@
 """Stage 5: a trained model at work: classify, generate, predict.
 
-    python apply_magvit.py classify videos.npz              # a line a video: number, class, probability
+    python apply_magvit.py classify videos.npz              # number, class, probability of each
     python apply_magvit.py generate --class helical --n 16 --out made.npz
     python apply_magvit.py predict videos.npz --given 4 --out predicted.npz
     python apply_magvit.py evaluate results/dataset.npz     # another name for evaluate_magvit.py
 
 The same --seed gives the same result. What is made is saved as it goes, in OUT.parts, which is gone
 once OUT is whole: killed after an hour, the same command goes on. A file that is there is never
-replaced. Exit codes: 0 done; 1 failed; 2 wrong arguments, an unknown class, videos of another shape;
-143 and the like stopped by a signal, after saving.
+replaced. Exit codes: 0 done; 1 failed; 2 wrong arguments, an unknown class, videos of another
+shape; 143 and the like stopped by a signal, after saving.
 """
 import contextlib
 import io
@@ -24,7 +24,7 @@ import checkpointing
 from checkpointing import WRONG_SETTINGS, CheckpointError
 from settings import OneLineParser
 
-BATCH = 256             # videos at once; the work is cut at multiples of it, however it is interrupted
+BATCH = 256             # videos at once; the work is cut at multiples of it
 PIECE = 16 * BATCH      # videos a checkpoint
 MODEL = "results/magvit_training/best_model.pt"
 
@@ -32,27 +32,30 @@ MODEL = "results/magvit_training/best_model.pt"
 def main():
     parser = OneLineParser(description=__doc__.partition("\n")[0])
     commands = parser.add_subparsers(dest="command", required=True, parser_class=OneLineParser)
-    classify_ = commands.add_parser("classify", help="print a line a video: number, class, probability")
+    classify_ = commands.add_parser(
+        "classify", help="print a line a video: number, class, probability")
     generate_ = commands.add_parser("generate", help="make new videos of a class")
     predict_ = commands.add_parser("predict", help="continue videos from their first frames")
     evaluate_ = commands.add_parser("evaluate", help="measure the model on a labelled set")
     for command in (classify_, predict_):
-        command.add_argument("videos", metavar="VIDEOS", help="an .npz with videos (N, T, C, H, W), or a "
-                             "run directory of generate.py")
+        command.add_argument("videos", metavar="VIDEOS", help="an .npz with videos (N, T, C, H, "
+                             "W), or a run directory of generate.py")
     evaluate_.add_argument("data", metavar="DATA", help="an .npz with videos and labels, or a run "
                            "directory of generate.py")
-    classify_.add_argument("--json", metavar="FILE", help="also write the chances of all classes there")
-    generate_.add_argument("--class", dest="name", required=True, help="linear, circular, helical or "
-                           "parabolic, or another that the model knows")
+    classify_.add_argument("--json", metavar="FILE",
+                           help="also write the chances of all classes there")
+    generate_.add_argument("--class", dest="name", required=True, help="linear, circular, helical "
+                           "or parabolic, or another that the model knows")
     generate_.add_argument("--n", type=int, default=16, help="number of videos (default 16)")
     predict_.add_argument("--given", type=int, required=True, help="first frames that are given")
     for command in (generate_, predict_):
-        command.add_argument("--out", required=True, metavar="FILE.npz", help="for videos and labels")
+        command.add_argument("--out", required=True, metavar="FILE.npz",
+                             help="for videos and labels")
     for command in (classify_, generate_, predict_, evaluate_):
         command.add_argument("--model", default=MODEL, metavar="FILE", help=f"(default {MODEL})")
         command.add_argument("--seed", type=int, default=0, help="of everything random (default 0)")
-        command.add_argument("--device", default="auto", help="cuda, cpu or mps (default: cuda if there "
-                             "is one, else cpu)")
+        command.add_argument("--device", default="auto", help="cuda, cpu or mps (default: cuda if "
+                             "there is one, else cpu)")
     arguments = parser.parse_args()
     if arguments.command == "evaluate":
         stage = Path(__file__).with_name("evaluate_magvit.py")
@@ -78,8 +81,8 @@ def load_videos(path, model):
     """Videos of the shape that the model takes, and their labels or None."""
     videos, labels, _ = magvit.read(path)
     if videos.shape[1:] != model.shape:
-        raise CheckpointError(f"{path}: videos of (T, C, H, W) = {videos.shape[1:]}; this model takes "
-                              f"{model.shape}", WRONG_SETTINGS)
+        raise CheckpointError(f"{path}: videos of (T, C, H, W) = {videos.shape[1:]}; this model "
+                              f"takes {model.shape}", WRONG_SETTINGS)
     fits = labels is not None and labels.shape == (len(videos),) and labels.dtype.kind in "iu"
     return torch.from_numpy(videos), torch.from_numpy(labels.astype(np.int64)) if fits else None
 
@@ -105,8 +108,8 @@ def classify(arguments):
 def make(arguments, kind):
     out = Path(arguments.out)
     if out.suffix != ".npz":
-        raise CheckpointError(f"--out {out}: the videos are written as .npz; give it such a name, and "
-                              "`python report.py FILE.npz` shows them", WRONG_SETTINGS)
+        raise CheckpointError(f"--out {out}: the videos are written as .npz; give it such a name, "
+                              "and `python report.py FILE.npz` shows them", WRONG_SETTINGS)
     refuse_to_replace(out)
     parts = out.with_name(out.name + ".parts")
     model = load_model(arguments)
@@ -122,7 +125,8 @@ def make(arguments, kind):
             np.savez_compressed(buffer, videos=videos, labels=labels)
             piece.save(buffer.getvalue())
         given = {"given": np.int64(arguments.given)} if kind is prediction else {}
-        write(out, lambda path: checkpointing.write_sealed(path, lambda file: join(file, parts, given)))
+        write(out, lambda path: checkpointing.write_sealed(
+            path, lambda file: join(file, parts, given)))
     remove(parts)
     checkpointing.tell(f"{out}: {total} videos {model.shape}")
 
@@ -130,13 +134,14 @@ def make(arguments, kind):
 def generation(model, arguments):
     """(number of videos, function that makes those from first to last - 1, what decides them)."""
     if arguments.name not in model.classes:
-        raise CheckpointError(f"--class {arguments.name}: this model knows {', '.join(model.classes)}",
-                              WRONG_SETTINGS)
+        raise CheckpointError(f"--class {arguments.name}: this model knows "
+                              f"{', '.join(model.classes)}", WRONG_SETTINGS)
     if not 1 <= arguments.n <= 10**7:
         raise CheckpointError(f"--n must be from 1 to 10000000, not {arguments.n}", WRONG_SETTINGS)
 
     def block(first, last):
-        labels = torch.full((last - first,), model.classes.index(arguments.name), device=model.device)
+        labels = torch.full((last - first,), model.classes.index(arguments.name),
+                            device=model.device)
         numbers = torch.arange(first, last, device=model.device)
         return model.generate(labels, arguments.seed, numbers).cpu(), labels.cpu()
     return arguments.n, block, {"n": arguments.n, "class": arguments.name}
@@ -146,8 +151,8 @@ def prediction(model, arguments):
     """As `generation`; videos without labels get the class that the model sees in the result."""
     videos, labels = load_videos(arguments.videos, model)
     if arguments.given not in range(1, model.shape[0]):
-        raise CheckpointError(f"--given must be from 1 to {model.shape[0] - 1}, not {arguments.given}",
-                              WRONG_SETTINGS)
+        raise CheckpointError(f"--given must be from 1 to {model.shape[0] - 1}, not "
+                              f"{arguments.given}", WRONG_SETTINGS)
 
     def block(first, last):
         numbers = torch.arange(first, last, device=model.device)
@@ -197,7 +202,8 @@ def remove(parts):
 
 def refuse_to_replace(path):
     if path and os.path.lexists(path):
-        raise CheckpointError(f"{path} exists; it is left alone. Move it away or choose another name")
+        raise CheckpointError(
+            f"{path} exists; it is left alone. Move it away or choose another name")
 
 
 def write(path, writer):

@@ -3,9 +3,9 @@
     python evaluate_magvit.py                             # the model that was trained last
     python evaluate_magvit.py --model FILE --data PATH --out DIR    # any model, any labelled set
 
-Prints a table and leaves metrics.json. Beside every figure stands what a method without learning, or
-the real videos themselves, would get. Of the set, the tenth that training never saw is measured; the
-part it trained on serves the nearest neighbours and the judge of generated videos.
+Prints a table and leaves metrics.json. Beside every figure stands what a method without learning,
+or the real videos themselves, would get. Of the set, the tenth that training never saw is
+measured; the part it trained on serves the nearest neighbours and the judge of generated videos.
 """
 import json
 import math
@@ -29,8 +29,8 @@ JUDGE_STEPS = 1500      # at most
 @dataclass
 class Settings:
     model: str = option("results/magvit_training/best_model.pt", "of train_magvit.py")
-    data: str = option("results/dataset.npz", "an .npz with videos and labels, or a run directory of "
-                       "generate.py")
+    data: str = option("results/dataset.npz", "an .npz with videos and labels, or a run directory "
+                       "of generate.py")
     out: str = option("", "directory for metrics.json; evaluation beside the model if not given")
     device: str = option("auto", "cuda, cpu or mps; auto is cuda if there is one, else cpu")
     seed: int = option(0, "of the samples and of the judge")
@@ -51,7 +51,7 @@ def import_torch():
 
 
 def evaluate(settings, data=None):
-    """Measure, part by part, from wherever it was; print the table. `data` if it is read already."""
+    """Measure, part by part, from wherever it was; print the table."""
     out = Path(settings.out or Path(settings.model).parent / "evaluation")
     run = checkpointing.Run(out, suffix=".pt", title="MAGVIT evaluation", unit="passes", keep=1,
                             max_minutes=settings.max_minutes, heartbeat=settings.heartbeat)
@@ -68,17 +68,19 @@ def evaluate(settings, data=None):
             "model": checkpointing.sha256(settings.model), "data": digest, "seed": settings.seed})
         state = run.load(lambda file: torch.load(file, map_location="cpu", weights_only=True),
                          {"rows": {}, "judge": None})
+        called_again = run.done >= run.total
         metrics = work(run, bench, jobs, state, out)
         checkpointing.tell(table(metrics))
         for warning in metrics["warnings"]:
             checkpointing.tell(f"WARNING: {warning}")
-    report.refresh(out, force=True)
+    if not called_again:
+        report.refresh(out, force=True)
 
 
 def check_fit(model, data, path):
     if tuple(data.videos.shape[1:]) != model.shape:
-        raise CheckpointError(f"{path}: videos of (T, C, H, W) = {tuple(data.videos.shape[1:])}; this "
-                              f"model takes {model.shape}", checkpointing.WRONG_SETTINGS)
+        raise CheckpointError(f"{path}: videos of (T, C, H, W) = {tuple(data.videos.shape[1:])}; "
+                              f"this model takes {model.shape}", checkpointing.WRONG_SETTINGS)
     if len(data.classes) != len(model.classes):
         raise CheckpointError(f"{path}: {len(data.classes)} classes; this model knows "
                               f"{', '.join(model.classes)}", checkpointing.WRONG_SETTINGS)
@@ -96,9 +98,10 @@ class Bench:
         self.given = model.shape[0] // 2
 
     def chosen(self, labels, part, most):
-        """Numbers of at most `most` test videos, the same number of each class as far as there are."""
+        """Numbers of at most `most` test videos, the same number of each class."""
         each = most // len(self.model.classes)
-        index = [np.flatnonzero((part == magvit.TEST) & (labels == k))[:each] for k in np.unique(labels)]
+        index = [np.flatnonzero((part == magvit.TEST) & (labels == k))[:each]
+                 for k in np.unique(labels)]
         return torch.from_numpy(np.concatenate(index)).to(self.device)
 
 
@@ -106,11 +109,16 @@ def jobs_of(bench):
     """[(part, first, last, cost)]: the work in pieces of seconds. A cost is about that of so many
     passes of a video through the transformer, so that the progress is honest."""
     elements = bench.model.shape[0] * bench.model.places
-    sizes = {"reconstruction": (len(bench.many), 10), "judge": (judge_steps(bench), 3 * JUDGE_BATCH),
+    sizes = {"reconstruction": (len(bench.many), 10),
+             "judge": (judge_steps(bench), 3 * JUDGE_BATCH),
              "generation": (len(bench.few), SAMPLES * elements + 40),
              "prediction": (len(bench.few), 2 * elements + 20)}
-    return [(part, first, min(first + BATCH[part], count), cost * (min(first + BATCH[part], count) - first))
-            for part, (count, cost) in sizes.items() for first in range(0, count, BATCH[part])]
+    jobs = []
+    for part, (count, cost) in sizes.items():
+        for first in range(0, count, BATCH[part]):
+            last = min(first + BATCH[part], count)
+            jobs.append((part, first, last, cost * (last - first)))
+    return jobs
 
 
 def work(run, bench, jobs, state, out):
@@ -154,6 +162,7 @@ LIT = 0.02              # a pixel brighter than this is foreground
 DOT_LEVEL = 0.3 * 255   # a pixel brighter than this belongs to a dot
 DOT_PIXELS = 3          # and at least so many that touch make one
 FAINT = 0.1 * 255       # a pixel darker than this has no weight in the centroid
+ALL = (1, 2, 3, 4)      # axes of a video
 
 
 def measure_reconstruction(bench, judge, first, last):
@@ -163,9 +172,9 @@ def measure_reconstruction(bench, judge, first, last):
     real, error = videos.float() / 255, (painted.float() - videos.float()) / 255
     lit, path = real > LIT, centroids(videos)
     return {"codes": codes.to(torch.uint8), "seen": places_of(lit), "dots": count_dots(painted),
-            "squared": error.square().mean((1, 2, 3, 4)), "energy": real.square().mean((1, 2, 3, 4)),
-            "lit": lit.sum((1, 2, 3, 4)), "lit_error": (error.abs() * lit).sum((1, 2, 3, 4)),
-            "lit_real": (real * lit).sum((1, 2, 3, 4)),
+            "squared": error.square().mean(ALL), "energy": real.square().mean(ALL),
+            "lit": lit.sum(ALL), "lit_error": (error.abs() * lit).sum(ALL),
+            "lit_real": (real * lit).sum(ALL),
             "off": (centroids(painted) - path).norm(dim=-1),
             "middle_off": (centroids(torch.zeros_like(videos)) - path).norm(dim=-1),
             "guess": model.class_probabilities(codes).argmax(1),
@@ -175,13 +184,15 @@ def measure_reconstruction(bench, judge, first, last):
 def measure_generation(bench, judge, first, last):
     model, index = bench.model, bench.few[first:last]
     real, labels = bench.videos[index], bench.labels[index]
-    codes = model.sample(labels, bench.seed, torch.arange(first, last, device=bench.device), SAMPLES)
+    numbers = torch.arange(first, last, device=bench.device)
+    codes = model.sample(labels, bench.seed, numbers, SAMPLES)
     made, plain = model.decode(model.surest(codes, labels)), model.decode(codes[:, 0])
     judge = loaded_judge(bench, judge).eval()
     return {"right": judged(judge, made).argmax(1) == labels,
             "right_unchosen": judged(judge, plain).argmax(1) == labels,
             "judge_right": judged(judge, real).argmax(1) == labels, "dots": count_dots(made),
-            "dots_real": count_dots(real), "path": path_features(made), "path_real": path_features(real),
+            "dots_real": count_dots(real), "path": path_features(made),
+            "path_real": path_features(real),
             "nearest": nearest(bench, made, model.shape[0])[0].sqrt(),
             "nearest_real": nearest(bench, real, model.shape[0])[0].sqrt()}
 
@@ -219,7 +230,7 @@ def centroids(videos):
 
 
 def count_dots(videos):
-    """(B, T) number of connected bright spots in each frame, by flooding the largest label over each."""
+    """(B, T) connected bright spots in each frame, by flooding the largest label over each."""
     bright = (videos.float().mean(2) > DOT_LEVEL).flatten(0, 1)
     n, height, width = bright.shape
     own = torch.arange(1, height * width + 1, device=bright.device).float().view(1, height, width)
@@ -229,8 +240,9 @@ def count_dots(videos):
         if torch.equal(spread, label):
             break
         label = spread
-    places = label.long() + torch.arange(n, device=bright.device)[:, None, None] * (height * width + 1)
-    sizes = torch.bincount(places.flatten(), minlength=n * (height * width + 1)).view(n, -1)
+    labels = height * width + 1
+    first = torch.arange(n, device=bright.device)[:, None, None] * labels
+    sizes = torch.bincount((label.long() + first).flatten(), minlength=n * labels).view(n, -1)
     return (sizes[:, 1:] >= DOT_PIXELS).sum(1).view(videos.shape[:2])
 
 
@@ -290,7 +302,8 @@ def judged(judge, videos):
     mass = F.softplus(heat - 3)
     total = mass.sum((2, 3))
     centre = [(mass.sum(2) * x).sum(2) / total, (mass.sum(3) * y).sum(2) / total]
-    return judge["answer"](torch.cat([*centre, total / mass[0, 0].numel()], 1).view(len(videos), -1))
+    features = torch.cat([*centre, total / mass[0, 0].numel()], 1)
+    return judge["answer"](features.view(len(videos), -1))
 
 
 def judge_steps(bench):
@@ -305,7 +318,7 @@ def loaded_judge(bench, state):
 
 
 def train_judge(bench, state, first, last):
-    """Its state after steps first to last - 1 on the training videos, given that after the first."""
+    """Its state after steps `first` to `last` - 1, given the one before."""
     judge, steps = loaded_judge(bench, state), judge_steps(bench)
     optimizer = torch.optim.AdamW(judge.parameters(), lr=2e-3, weight_decay=1e-3)
     if state:
@@ -319,7 +332,7 @@ def train_judge(bench, state, first, last):
         videos = videos.flip(-1) if step & 1 else videos
         videos = videos.flip(-2) if step & 2 else videos
         F.cross_entropy(judged(judge, videos), bench.labels[index]).backward()
-        torch.nn.utils.clip_grad_norm_(judge.parameters(), 1.0)   # some seeds need it to learn at all
+        torch.nn.utils.clip_grad_norm_(judge.parameters(), 1.0)   # else some seeds do not learn
         optimizer.step()
         optimizer.zero_grad()
     return {"weights": judge.state_dict(), "optimizer": optimizer.state_dict()}
@@ -334,7 +347,8 @@ def figures(bench, state):
     few, many = bench.labels[bench.few].cpu(), bench.labels[bench.many].cpu()
     names, generated = bench.model.classes, rows["generation"]
     metrics = {"tokenizer": of_tokenizer(rows["reconstruction"], bench.model),
-               "classification": of_classification(rows["reconstruction"], many, names, bench.given),
+               "classification": of_classification(rows["reconstruction"], many, names,
+                                                   bench.given),
                "judge": {"accuracy_on_real": mean(generated["judge_right"]), "videos": len(few)},
                "generation": of_generation(generated, few, names),
                "prediction": of_prediction(rows["prediction"], few, names, bench.given)}
@@ -356,17 +370,19 @@ def of_tokenizer(rows, model):
     in_use, perplexity = [], []
     for k in range(magvit.SLOTS):
         in_use.append(len(ids[..., k].unique()))
-        # of the places where something is to be seen: the background's code says nothing of collapse
+        # of the places where something is to be seen: the background says nothing of collapse
         count = ids[..., k][rows["seen"]].unique(return_counts=True)[1].double()
         share = count / count.sum()
         perplexity.append(torch.exp(-(share * share.log()).sum()).item())
     shape = model.shape
     return {"videos": len(codes), "bits_per_video": codes[0].numel() * math.log2(magvit.LEVELS),
-            "raw_bits": math.prod(shape) * 8, "psnr_db": decibels(mse), "blank_psnr_db": decibels(blank),
+            "raw_bits": math.prod(shape) * 8, "psnr_db": decibels(mse),
+            "blank_psnr_db": decibels(blank),
             "skill": 1 - mse / max(blank, 1e-12),
             "foreground_error": rows["lit_error"].double().sum().item() / lit,
             "blank_foreground_error": rows["lit_real"].double().sum().item() / lit,
-            "centroid_error_px": mean(rows["off"]), "middle_centroid_error_px": mean(rows["middle_off"]),
+            "centroid_error_px": mean(rows["off"]),
+            "middle_centroid_error_px": mean(rows["middle_off"]),
             "frames_without_dot": mean(rows["dots"] == 0),
             "frames_with_two_dots": mean(rows["dots"] > 1), "active_codes": min(in_use),
             "codes": min(magvit.LEVELS**magvit.SLOT, ids[..., 0].numel()),
@@ -376,7 +392,8 @@ def of_tokenizer(rows, model):
 
 def of_classification(rows, labels, names, given):
     count = len(names)
-    confusion = torch.bincount(labels * count + rows["guess"], minlength=count**2).view(count, count)
+    pairs = labels * count + rows["guess"]
+    confusion = torch.bincount(pairs, minlength=count**2).view(count, count)
     return {"videos": len(labels), "accuracy": mean(rows["guess"] == labels), "classes": names,
             "accuracy_first_half": mean(rows["early"] == labels), "frames_first_half": given,
             "chance": torch.bincount(labels).max().item() / len(labels),
@@ -390,7 +407,8 @@ def of_generation(rows, labels, names):
     return {"videos": len(labels), "samples": SAMPLES, "judged_right": mean(rows["right"]),
             "judged_right_by_class": {name: mean(rows["right"][labels == k])
                                       for k, name in enumerate(names)},
-            "judged_right_unchosen": mean(rows["right_unchosen"]), "one_dot": mean(rows["dots"] == 1),
+            "judged_right_unchosen": mean(rows["right_unchosen"]),
+            "one_dot": mean(rows["dots"] == 1),
             "one_dot_real": mean(rows["dots_real"] == 1),
             "feature_distance": frechet(path[half][:n], real[~half]),
             "feature_distance_real_halves": frechet(real[half][:n], real[~half]),
@@ -399,7 +417,7 @@ def of_generation(rows, labels, names):
 
 
 def frechet(a, b):
-    """Frechet distance of two Gaussians fitted to (N, d) samples, as in FID (Heusel et al. 2017)."""
+    """Frechet distance of Gaussians fitted to samples (N, d), as in FID (Heusel et al. 2017)."""
     one, two = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
     root = np.sqrt(np.maximum(np.linalg.eigvals(one @ two).real, 0)).sum()
     return float(((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(one + two) - 2 * root)
@@ -447,8 +465,8 @@ def table(metrics):
         ("skill, 1 - MSE / MSE of blank", f"{t['skill']:.4f}", "0", "blank video"),
         ("foreground error", f"{t['foreground_error']:.4f}", f"{t['blank_foreground_error']:.4f}",
          "blank video"),
-        ("centroid error, px", f"{t['centroid_error_px']:.3f}", f"{t['middle_centroid_error_px']:.2f}",
-         "middle of the frame"),
+        ("centroid error, px", f"{t['centroid_error_px']:.3f}",
+         f"{t['middle_centroid_error_px']:.2f}", "middle of the frame"),
         ("frames with no dot, two dots",
          f"{t['frames_without_dot']:.2%}, {t['frames_with_two_dots']:.2%}", "", ""),
         ("codes in use", t["active_codes"], t["codes"], "as many as these videos could show"),
@@ -459,8 +477,8 @@ def table(metrics):
          f"{c['chance']:.1%}", "chance"),
         ("generated, judged right", f"{g['judged_right_unchosen']:.1%}", real,
          "real videos, same judge"),
-        (f"  surest of {g['samples']}, at {g['samples']} times the work", f"{g['judged_right']:.1%}", real,
-         "real videos, same judge"),
+        (f"  surest of {g['samples']}, at {g['samples']} times the work",
+         f"{g['judged_right']:.1%}", real, "real videos, same judge"),
         ("generated, frames with one dot", f"{g['one_dot']:.2%}", f"{g['one_dot_real']:.2%}",
          "real videos"),
         ("generated, distance of paths to real", f"{g['feature_distance']:.4f}",

@@ -281,9 +281,9 @@ class MaskedTransformer(nn.Module):
 
     A place is one element of the sequence, hidden or shown as a whole. A shown one goes in as its
     numbers, scaled up: networks learn fast only what changes slowly over their input (Tancik et
-    al., NeurIPS 2020). What a hidden place holds is told number by number, each given those before it:
-    codes factored into small alphabets, as in MAGVIT-v2, and in a chain, as Lee et al. (CVPR 2022)
-    do for residual codes, so that the numbers of one place always belong together.
+    al., NeurIPS 2020). What a hidden place holds is told number by number, each given those before
+    it: codes factored into small alphabets, as in MAGVIT-v2, and in a chain, as Lee et al. (CVPR
+    2022) do for residual codes, so that the numbers of one place always belong together.
 
     What moves is told most by the last frames before the first hidden one. So places also know how
     far they are from it, and a perceptron reads the last frames side by side, where speed and
@@ -364,7 +364,9 @@ class MaskedTransformer(nn.Module):
         return torch.einsum("nke,kec->nkc", x, self.to_number).float()
 
     def draw(self, states, temperature, chance):
-        """Codes (N, NUMBERS) for states (N, dim), number by number; chance (N, NUMBERS) in [0, 1)."""
+        """Codes (N, NUMBERS) for states (N, dim), number by number.
+
+        chance (N, NUMBERS) in [0, 1) decides them."""
         told, drawn = self.to_chain(states), []
         for k in range(NUMBERS):
             x = self.tell(told + self.which[k])
@@ -492,8 +494,8 @@ class Magvit(nn.Module):
         try:
             state = torch.load(path, map_location="cpu", weights_only=True)
             if "learning" in state:
-                raise CheckpointError(f"{path}: a checkpoint, from which training goes on. The models "
-                                      "are best_model.pt and final_model.pt beside it",
+                raise CheckpointError(f"{path}: a checkpoint, from which training goes on. The "
+                                      "models are best_model.pt and final_model.pt beside it",
                                       checkpointing.WRONG_SETTINGS)
             if state["format"] != FORMAT:
                 raise ValueError(f"format {state['format']}, not {FORMAT}")
@@ -502,8 +504,8 @@ class Magvit(nn.Module):
         except CheckpointError:
             raise
         except Exception as error:   # whatever a foreign file makes torch raise
-            raise CheckpointError(f"{path}: not a model of train_magvit.py ({short(error)}). Nothing "
-                                  "in it was run") from None
+            raise CheckpointError(f"{path}: not a model of train_magvit.py ({short(error)}). "
+                                  "Nothing in it was run") from None
         return model.to(device).requires_grad_(False).eval()
 
 
@@ -517,7 +519,8 @@ def open_device(name):
 
     auto is cuda, else cpu; mps only when asked for, since nothing here was ever run on it.
     """
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(),
+             "cpu": True}
     if name == "auto":
         name = "cuda" if there["cuda"] else "cpu"
     if not there.get(name):
@@ -525,8 +528,8 @@ def open_device(name):
                               f"{', '.join(k for k, v in there.items() if v)}",
                               checkpointing.WRONG_SETTINGS)
     torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = False   # a search for errors; costs a pass
-    torch.set_float32_matmul_precision("high")                    # TF32 on CUDA
+    torch.utils.deterministic.fill_uninitialized_memory = False   # it only helps to find errors
+    torch.set_float32_matmul_precision("high")   # TF32 on CUDA
     return torch.device(name)
 
 
@@ -563,8 +566,8 @@ class Data:
 
 
 def load_data(path):
-    """Videos and labels of an .npz or of run directories of generate.py; CheckpointError in words if
-    they will not do."""
+    """Videos and labels of an .npz or of run directories of generate.py; CheckpointError in words
+    if they will not do."""
     videos, labels, known = read(path)
     if labels is None:
         raise CheckpointError(f"{path}: has no labels; training and evaluation need them")
@@ -578,9 +581,9 @@ def load_data(path):
     sizes = np.bincount(labels, minlength=count)
     if sizes.min() < SMALLEST_CLASS:
         few = int(sizes.argmin())
-        raise CheckpointError(f"{path}: {names[few]} has {sizes[few]} videos of {len(videos)}; every "
-                              f"class needs at least {SMALLEST_CLASS}, to have some to learn from and "
-                              "some to test on")
+        raise CheckpointError(f"{path}: {names[few]} has {sizes[few]} videos of {len(videos)}; "
+                              f"every class needs at least {SMALLEST_CLASS}, to have some to learn "
+                              "from and some to test on")
     return Data(videos, labels.astype(np.int64), names)
 
 
@@ -612,9 +615,9 @@ def checked(videos, path):
             if not np.isfinite(video).all():
                 raise CheckpointError(f"{path}: video {i} has NaN or Inf")
             if video.min() < 0 or video.max() > 1:
-                raise CheckpointError(f"{path}: float videos must lie in [0, 1]; video {i} goes from "
-                                      f"{video.min():g} to {video.max():g}. Divide by 255, or store "
-                                      "them as uint8")
+                raise CheckpointError(f"{path}: float videos must lie in [0, 1]; video {i} goes "
+                                      f"from {video.min():g} to {video.max():g}. Divide by 255, or "
+                                      "store them as uint8")
             whole[i] = (video * 255).round()
         return whole
     if videos.dtype != np.uint8:
@@ -639,7 +642,8 @@ def read_npz(path):
 
 
 def read_run_directory(path):
-    """What is complete of a run, also of one that still works, from sample 0 up to the first gap."""
+    """What is complete of a run, also of one that still works, from sample 0 up to the first
+    gap."""
     found = []
     for directory in [path, *sorted(path.glob("shard_*_of_*"))]:
         records = checkpointing.read_records(directory)
@@ -653,8 +657,8 @@ def read_run_directory(path):
         videos.append(part[0])
         labels.append(part[1])
     if not videos:
-        raise CheckpointError(f"{path}: no good checkpoint_*.npz that begins at sample 0; is it the "
-                              "--out of generate.py?")
+        raise CheckpointError(f"{path}: no good checkpoint_*.npz that begins at sample 0; is it "
+                              "the --out of generate.py?")
     return np.concatenate(videos), np.concatenate(labels), True
 
 
@@ -669,8 +673,8 @@ def split(labels):
 
 
 def checked_split(data):
-    """(part of each video, a digest of the set); refuses a split that flatters: a class missing in a
-    part, or the same video in two parts."""
+    """(part of each video, a digest of the set); refuses a split that flatters: a class missing in
+    a part, or the same video in two parts."""
     part = split(data.labels)
     for k in np.unique(data.labels):
         if set(part[data.labels == k]) != {TRAIN, VALIDATION, TEST}:

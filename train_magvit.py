@@ -1,13 +1,13 @@
 """Stage 3: train MAGVIT on videos; killed at any moment, it goes on exactly where it was.
 
-    python train_magvit.py                        # results/dataset.npz, on whatever this machine has
+    python train_magvit.py                        # results/dataset.npz, on what this machine has
     nohup python train_magvit.py > train.log &    # the same command again goes on where it was
     python train_magvit.py --preset small --data other.npz --out results/other
 
 Two phases: first the tokenizer learns to paint a video from a few integers, then the transformer
-learns to fill in hidden ones. Then evaluate_magvit.py says what the model is worth. The order of the
-videos and the masks are functions of the seed and the step, and all arithmetic is done in a fixed
-order, so a run that was killed and one that was not end with the same bits on the same machine.
+learns to fill in hidden ones. Then evaluate_magvit.py says what the model is worth. The order of
+the videos and the masks are functions of the seed and the step, and all sums are taken in a fixed
+order: on the same machine, a run that was killed and one that was not end with the same bits.
 
 Read from the top: settings, the run, the two losses, the masks, one step, and how it is saved.
 """
@@ -30,16 +30,16 @@ from settings import option, parse_settings
 
 @dataclass
 class Settings:
-    data: str = option("results/dataset.npz", "an .npz with videos and labels, or a run directory of "
-                       "generate.py")
+    data: str = option("results/dataset.npz", "an .npz with videos and labels, or a run directory "
+                       "of generate.py")
     out: str = option("results/magvit_training", "directory for checkpoints, models, history and "
                       "PROGRESS.txt")
     preset: str = option("auto", "tiny or small; auto is tiny on a CPU and small on a GPU")
-    epochs: int = option(0, "epochs of both phases together; 0 lets the preset choose by the number "
-                         "and the size of the videos")
+    epochs: int = option(0, "epochs of both phases together; 0 lets the preset choose by the "
+                         "number and the size of the videos")
     batch_size: int = option(0, "videos a step; 0 lets the preset choose")
-    every: int = option(5, "epochs between checkpoints; more where saving would take over 1 %% of the "
-                        "time")
+    every: int = option(5, "epochs between checkpoints; more where saving would take over 1 %% of "
+                        "the time")
     max_minutes: float = option(5.0, "minutes after which a checkpoint is saved in any case")
     seed: int = option(0, "of the first weights, the order of the data, the masks and the samples")
     device: str = option("auto", "cuda, cpu or mps; auto is cuda if there is one, else cpu")
@@ -100,12 +100,14 @@ def main():
     with run:
         import_torch()
         data = train(settings, run)
-    report.refresh(settings.out, force=True)
+    if data:
+        report.refresh(settings.out, force=True)
     evaluation = Path(settings.out) / "evaluation"
     if data is None and checkpointing.read_progress(
             evaluation / "PROGRESS.txt").get("Status") == "COMPLETE":
-        checkpointing.tell(f"nothing is left to do; the figures are in {evaluation}/metrics.json, and "
-                           f"python evaluate_magvit.py --model {settings.out}/best_model.pt shows them")
+        checkpointing.tell(f"nothing is left to do; the figures are in {evaluation}/metrics.json, "
+                           f"and python evaluate_magvit.py --model {settings.out}/best_model.pt "
+                           "shows them")
         return
     evaluate_magvit.evaluate(evaluate_magvit.Settings(
         model=f"{settings.out}/best_model.pt", data=settings.data, out=str(evaluation),
@@ -127,13 +129,15 @@ def import_torch():
 def train(settings, run):
     """Train until `run` is complete. Returns the data; None if there was nothing to do."""
     device = magvit.open_device(settings.device)
-    name = settings.preset if settings.preset != "auto" else "small" if device.type == "cuda" else "tiny"
+    name = settings.preset
+    if name == "auto":
+        name = "small" if device.type == "cuda" else "tiny"
     preset = PRESETS[name]
     data = magvit.load_data(settings.data)
     used = videos_used_before(settings.out)
     if used and len(data.videos) > used:
-        run.log(f"{settings.data} has grown to {len(data.videos)} videos; this run goes on with the "
-                f"first {used} it began with (--fresh to begin again with all)")
+        run.log(f"{settings.data} has grown to {len(data.videos)} videos; this run goes on with "
+                f"the first {used} it began with (--fresh to begin again with all)")
         data = data.first(used)
     part, digest = magvit.checked_split(data)
 
@@ -142,7 +146,8 @@ def train(settings, run):
     shape = data.videos.shape[1:]
     model = magvit.Magvit(magvit.Sizes(**preset.sizes), shape, data.classes)
     model.to(device).requires_grad_(False).eval()
-    videos, labels = torch.from_numpy(data.videos).to(device), torch.from_numpy(data.labels).to(device)
+    videos = torch.from_numpy(data.videos).to(device)
+    labels = torch.from_numpy(data.labels).to(device)
     parts = [torch.from_numpy(np.flatnonzero(part == k)).to(device) for k in range(3)]
     phases = phases_of(settings, preset, model, len(parts[magvit.TRAIN]))
 
@@ -217,8 +222,8 @@ def machine(device):
 def warn_of_another_machine(run, before, now):
     for key, value in now.items():
         if before[key] != value and (key != "threads" or now["device"] == "cpu"):
-            run.log(f"{key} was {before[key]}, is {value}: the result will be as good, but not the same "
-                    "to the last bit")
+            run.log(f"{key} was {before[key]}, is {value}: the result will be as good, but not the "
+                    "same to the last bit")
 
 
 def bytes_to_come(model, run):
@@ -319,8 +324,8 @@ def draw_masks(key, step, batch, frames, places):
 
     A third each of: classify (class hidden; the whole video or its first frames shown), generate
     (class shown, now and then hidden), predict (class hidden half the time, a frame or more shown).
-    In the last two the frames before a random one are shown, it is hidden in part and the later ones
-    wholly: what sampling frame by frame asks.
+    In the last two the frames before a random one are shown, it is hidden in part and the later
+    ones wholly: what sampling frame by frame asks.
     """
     random = magvit.uniform(key, step, batch * (4 + frames * places)).view(batch, -1)
     (first, whole, part, name), order = random[:, :4].unbind(1), random[:, 4:]
@@ -354,16 +359,18 @@ class Learner:
         self.masks = magvit.key(seed, "masks")
         self.average = getattr(model, phase.name)
         self.network = copy.deepcopy(self.average).requires_grad_(True).train()
-        self.parameters, self.averages = list(self.network.parameters()), list(self.average.parameters())
-        self.at = torch.zeros(1, dtype=torch.long, device=self.device)     # steps of this phase so far
-        self.loss_sum = torch.zeros((), device=self.device)                # since the last look
-        self.order = torch.zeros(phase.epoch_steps, phase.batch, dtype=torch.long, device=self.device)
+        self.parameters = list(self.network.parameters())
+        self.averages = list(self.average.parameters())
+        self.at = torch.zeros(1, dtype=torch.long, device=self.device)   # steps of this phase
+        self.loss_sum = torch.zeros((), device=self.device)              # since the last look
+        size = (phase.epoch_steps, phase.batch)
+        self.order = torch.zeros(size, dtype=torch.long, device=self.device)
         self.schedule = schedule(phase).to(self.device)
         self.rate = torch.zeros((), device=self.device)
         self.optimizer = torch.optim.AdamW(
-            self.parameters, lr=self.rate, betas=BETAS, weight_decay=phase.learning.decay, fused=True,
-            capturable=self.device.type == "cuda")
-        for p in self.parameters:   # from the start, so that a restart and a graph find them in place
+            self.parameters, lr=self.rate, betas=BETAS, weight_decay=phase.learning.decay,
+            fused=True, capturable=self.device.type == "cuda")
+        for p in self.parameters:   # at once, so that a restart and a graph find them in place
             self.optimizer.state[p] = {"step": torch.zeros((), device=self.device),
                                        "exp_avg": torch.zeros_like(p),
                                        "exp_avg_sq": torch.zeros_like(p)}
@@ -391,8 +398,8 @@ class Learner:
         return self.loss(self.network, *self.batch(), self.masks, self.at[0])
 
     def batch(self):
-        """Videos uint8 (B, T, C, H, W) and labels (B,) of this step: an eighth of them each mirrored
-        and turned in another way, which keeps their class."""
+        """Videos uint8 (B, T, C, H, W) and labels (B,) of this step: an eighth of them each
+        mirrored and turned in another way, which keeps their class."""
         index = self.order.index_select(0, self.at % self.phase.epoch_steps)[0]
         square = self.videos.shape[-1] == self.videos.shape[-2]
         videos, labels = [], []
@@ -438,10 +445,11 @@ class Learner:
         if not math.isfinite(self.loss_sum.item()):
             epoch = (done - 1 - self.phase.start) // self.phase.epoch_steps + 1
             raise CheckpointError(
-                f"the loss is not finite in phase {self.phase.name}, epoch {epoch}, by step {done}, at "
-                f"learning rate {self.rate.item():.2g}; nothing of it was saved. The same command goes "
-                "on from the last good checkpoint and, being exact, ends here again unless the machine "
-                "was at fault: then look at the data, or begin anew with --fresh and another --seed")
+                f"the loss is not finite in phase {self.phase.name}, epoch {epoch}, by step "
+                f"{done}, at learning rate {self.rate.item():.2g}; nothing of it was saved. The "
+                "same command goes on from the last good checkpoint and, being exact, ends here "
+                "again unless the machine was at fault: then look at the data, or begin anew "
+                "with --fresh and another --seed")
 
     def tensors(self):
         """All that a step changes, but for the average, which is in the model."""
@@ -458,7 +466,7 @@ class Learner:
 
 
 def schedule(phase):
-    """float32 (steps, 2): at each step the learning rate, and the weight of the new in the average."""
+    """float32 (steps, 2): the learning rate, and the weight of the new in the average."""
     steps, at = phase.steps, np.arange(phase.steps)
     peak = phase.learning.rate * math.sqrt(phase.batch / phase.learning.batch)
     rate = peak * np.minimum(1, (at + 1) / (WARM_UP * steps + 1)) * (
@@ -645,7 +653,8 @@ class Saver:
         """What follows from a durable checkpoint: it never shows what a crash could take back."""
         best = state["best"]
         if best:
-            weights = {**state["model"], **{f"transformer.{k}": v for k, v in best["weights"].items()}}
+            better = {f"transformer.{k}": v for k, v in best["weights"].items()}
+            weights = {**state["model"], **better}
             self._model("best_model.pt", weights, f"epoch {best['epoch']}, validation loss "
                         f"{best['validation_loss']:.6f}")
         if done == self.run.total:
@@ -659,7 +668,8 @@ class Saver:
 
     def _model(self, name, weights, note):
         if checkpointing.note_of(self.out / name) != note:
-            checkpointing.write_sealed(self.out / name, magvit.saved(self.model.state(weights)), note)
+            content = magvit.saved(self.model.state(weights))
+            checkpointing.write_sealed(self.out / name, content, note)
 
 
 SAMPLES = 8                 # videos of samples.npz

@@ -41,14 +41,17 @@ def test_classify_prints_a_line_a_video_and_writes_json(model, videos, tmp_path)
     lines = done.stdout.splitlines()
     assert len(lines) == 40
     names = "linear|circular|helical|parabolic"
-    assert all(re.fullmatch(rf"{i}\t({names})\t[01]\.\d{{4}}", line) for i, line in enumerate(lines))
+    assert all(re.fullmatch(rf"{i}\t({names})\t[01]\.\d{{4}}", line)
+               for i, line in enumerate(lines))
     rows = json.loads((tmp_path / "c.json").read_text())
-    assert len(rows) == 40 and all(abs(sum(row["probabilities"].values()) - 1) < 1e-4 for row in rows)
+    assert len(rows) == 40 and all(
+        abs(sum(row["probabilities"].values()) - 1) < 1e-4 for row in rows)
 
 
 def test_generate_writes_the_data_sets_format_and_the_seed_makes_it_repeatable(model, tmp_path):
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
-        apply(model, "generate", "--class", "helical", "--n", 5, "--seed", seed, "--out", tmp_path / f"{name}.npz")
+        apply(model, "generate", "--class", "helical", "--n", 5,
+              "--seed", seed, "--out", tmp_path / f"{name}.npz")
     a, b, c = ((tmp_path / f"{name}.npz").read_bytes() for name in "abc")
     assert a == b != c
     with np.load(tmp_path / "a.npz", allow_pickle=False) as made:
@@ -69,7 +72,8 @@ def test_predict_keeps_the_given_frames_and_the_labels(model, videos, tmp_path):
 def test_evaluate_prints_the_table(model, tmp_path):
     np.savez(tmp_path / "labelled.npz", **data_set(80))
     done = apply(model, "evaluate", tmp_path / "labelled.npz")
-    for words in ("PSNR", "blank video", "accuracy", "judged right", "nearest neighbour", "true class by guessed class"):
+    for words in ("PSNR", "blank video", "accuracy", "judged right", "nearest neighbour",
+                  "true class by guessed class"):
         assert words in done.stdout
 
 
@@ -83,8 +87,9 @@ apply_magvit.main()
 def test_killed_and_started_again_it_makes_the_same_file(model, tmp_path):
     """With pieces of 8 videos, so that a kill falls among them."""
     def arguments(out):
-        return [sys.executable, "-c", ONE_BATCH_A_PIECE.format(root=str(ROOT)), "generate", "--class",
-                "linear", "--n", "60", "--model", model, "--device", "cpu", "--out", out]
+        code = ONE_BATCH_A_PIECE.format(root=str(ROOT))
+        return [sys.executable, "-c", code, "generate", "--class", "linear", "--n", "60",
+                "--model", model, "--device", "cpu", "--out", out]
     subprocess.run(arguments(tmp_path / "whole.npz"), check=True, timeout=100)
     process = subprocess.Popen(arguments(tmp_path / "cut.npz"))
     wait_for(lambda: len(find_checkpoints(tmp_path / "cut.npz.parts")) > 1
@@ -103,12 +108,14 @@ def test_classify_takes_a_run_directory(model, tmp_path):
 
 def test_it_never_writes_over_a_file_that_differs(model, tmp_path):
     (tmp_path / "thesis.npz").write_text("years of work")
-    done = apply(model, "generate", "--class", "linear", "--n", 1, "--out", tmp_path / "thesis.npz", code=1)
+    done = apply(model, "generate", "--class", "linear", "--n",
+                 1, "--out", tmp_path / "thesis.npz", code=1)
     assert "left alone" in done.stderr and (tmp_path / "thesis.npz").read_text() == "years of work"
 
 
 @pytest.mark.parametrize("arguments, code, words", [
-    (["generate", "--class", "square", "--out", "x.npz"], 2, "knows linear, circular, helical, parabolic"),
+    (["generate", "--class", "square", "--out", "x.npz"],
+     2, "knows linear, circular, helical, parabolic"),
     (["generate", "--class", "linear", "--n", 0, "--out", "x.npz"], 2, "--n must be"),
     (["generate", "--class", "linear", "--out", "x.mp4"], 2, "written as .npz"),
     (["predict", "VIDEOS", "--given", 8, "--out", "x.npz"], 2, "--given must be from 1 to 7"),
@@ -117,21 +124,25 @@ def test_it_never_writes_over_a_file_that_differs(model, tmp_path):
     (["evaluate", "nowhere.npz"], 2, "no such data"),
     (["classify", "SMALL"], 2, "this model takes (8, 1, 32, 32)"),
     (["classify", "EMPTY"], 1, "not a whole .npz"),
-    (["classify", "NAN"], 1, "NaN"), (["classify", "NONE"], 1, "has no videos"), (["dance"], 2, "invalid choice")])
-def test_bad_input_is_one_line_that_says_what_is_right(model, videos, tmp_path, arguments, code, words):
+    (["classify", "NAN"], 1, "NaN"), (["classify", "NONE"], 1, "has no videos"),
+    (["dance"], 2, "invalid choice")])
+def test_bad_input_is_one_line_that_says_what_is_right(model, videos, tmp_path, arguments, code,
+                                                       words):
     np.savez(tmp_path / "small.npz", **data_set(40, size=16))
     np.savez(tmp_path / "nan.npz", videos=np.full((2, 8, 1, 32, 32), np.nan, np.float32))
     np.savez(tmp_path / "none.npz", labels=np.zeros(3, int))
     (tmp_path / "empty.npz").touch()
-    names = {"VIDEOS": videos, **{k: tmp_path / f"{k.lower()}.npz" for k in ("SMALL", "EMPTY", "NAN", "NONE")}}
+    names = {"VIDEOS": videos, **{k: tmp_path / f"{k.lower()}.npz" for k in ("SMALL",
+                                                           "EMPTY", "NAN", "NONE")}}
     options = [] if arguments == ["dance"] else ["--model", model]
-    done = run("apply_magvit.py", *[names.get(a, a) for a in arguments], *options, code=code, cwd=tmp_path)
+    done = run("apply_magvit.py", *[names.get(a, a)
+               for a in arguments], *options, code=code, cwd=tmp_path)
     assert words in done.stderr and not list(tmp_path.glob("x.*"))
 
 
 @pytest.mark.parametrize("content, code, words", [
     (None, 2, "no such model"), (b"", 1, "empty"), (b"garbage", 1, "not a whole model"),
-    ("foreign", 1, "not a model of"), ("checkpoint", 2, "best_model.pt and final_model.pt beside it")])
+    ("foreign", 1, "not a model of"), ("checkpoint", 2, "best_model.pt and final_model.pt beside")])
 def test_a_missing_damaged_or_foreign_model_is_one_line(videos, tmp_path, content, code, words):
     path = tmp_path / "model.pt"
     if content in ("foreign", "checkpoint"):

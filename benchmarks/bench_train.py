@@ -1,9 +1,14 @@
-"""What training costs, measured in one run: python benchmarks/bench_train.py [--device cuda --preset small]
+"""What training costs, as ratios measured in one run:
 
-Generates 10,000 videos, trains a sixteenth of the default length with the default checkpoints, stops in the middle of the second
-phase, and goes on in a new process. Takes two minutes on two cores. Run it on an idle machine.
+    python benchmarks/bench_train.py                                  # two minutes on two cores
+    python benchmarks/bench_train.py --device cuda --preset small     # two minutes on one H100
+
+Steps of both phases, as one CUDA graph against as they are, and how much of the time the device
+works; a training with checkpoints against one without; a restart; a training with another program
+beside it. Run it on an idle machine; the ratios mean more than the seconds.
 """
 import argparse
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -12,61 +17,11 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-import torch  # noqa: E402
-
+import checkpointing  # noqa: E402
 import train_magvit  # noqa: E402
-from bench_generate import line, quiet  # noqa: E402
+from bench_generate import line  # noqa: E402
 
-EPOCHS = 13    # of the default 213
-WARM_UP = 20   # first steps of a phase that do not count: compilation, caches
-RESTART = """
-import sys, time
-began = time.time()
-sys.path.insert(0, {root!r})
-import train_magvit
-step = train_magvit.Trainer.step
-def first(self, at):
-    float(step(self, at))
-    print("FIRST STEP", time.time() - began, flush=True)
-    raise SystemExit
-train_magvit.Trainer.step = first
-sys.argv = ["train_magvit.py", *{arguments!r}]
-train_magvit.main()
-"""
-
-
-class Enough(Exception):
-    pass
-
-
-class Watched(train_magvit.Trainer):
-    """Notes when each step begins and what saving and validating take."""
-    starts, pauses, saves = {}, 0.0, []
-
-    def step(self, step):
-        at = self.starts.setdefault(self.phase.name, [])
-        if len(at) in (WARM_UP, self.phase.steps - 1) and self.device.type == "cuda":
-            torch.cuda.synchronize()
-        at.append((time.perf_counter(), Watched.pauses))
-        if self.phase.name == "transformer" and len(at) == self.phase.steps - self.epoch_steps // 2:
-            self.save()   # in mid-epoch
-            raise Enough
-        return super().step(step)
-
-    def timed(self, function):
-        began = time.perf_counter()
-        result = function()
-        Watched.pauses += time.perf_counter() - began
-        return result, time.perf_counter() - began
-
-    def save(self):
-        durable = self.run.durable
-        _, seconds = self.timed(super().save)
-        if self.run.durable != durable:
-            self.saves.append((self.phase.name, seconds))
-
-    def validation_loss(self):
-        return self.timed(super().validation_loss)[0]
+WARM_UP, STEPS = 10, 100
 
 
 def main():
@@ -75,35 +30,131 @@ def main():
     parser.add_argument("--preset", default="tiny")
     parser.add_argument("--n", type=int, default=10000)
     asked = parser.parse_args()
-    print(f"Python {sys.version.split()[0]}, torch {torch.__version__}, {torch.get_num_threads()} threads, {asked.device}, "
-          f"preset {asked.preset}, {asked.n} videos")
+    train_magvit.import_torch()
+    import torch
+    chip = torch.cuda.get_device_name() if asked.device == "cuda" else "cpu"
+    print(f"{time.strftime('%Y-%m-%d')}, Python {sys.version.split()[0]}, torch "
+          f"{torch.__version__}, {chip}, {torch.get_num_threads()} threads, preset {asked.preset}, "
+          f"{asked.n} videos")
     with tempfile.TemporaryDirectory(dir=ROOT) as place:
-        for script, *arguments in (("generate.py", "--n", asked.n, "--out", f"{place}/run"),
-                                   ("merge.py", f"{place}/run", "--out", f"{place}/dataset.npz")):
-            subprocess.run([sys.executable, ROOT / script, *map(str, arguments)], check=True, stdout=subprocess.DEVNULL)
-        settings = train_magvit.Settings(data=f"{place}/dataset.npz", out=f"{place}/training", preset=asked.preset,
-                                         device=asked.device, epochs=EPOCHS)
-        train_magvit.Trainer = Watched
-        with quiet():
-            try:
-                train_magvit.train(settings, torch.device(asked.device))
-            except Enough:
-                pass
-        batch = train_magvit.PRESETS[asked.preset].batch
-        for phase, times in Watched.starts.items():
-            (began, before), (ended, after) = times[WARM_UP], times[-1]
-            seconds = ended - began - (after - before)
-            line(f"{phase}: training videos/s", f"{(len(times) - 1 - WARM_UP) * batch / seconds:.0f}", "-")
-        times = Watched.starts["transformer"]
-        spent = sum(seconds for phase, seconds in Watched.saves[:-1] if phase == "transformer")   # the last is not the cadence's
-        line("share of the second phase's time spent in checkpoints", f"{spent / (times[-1][0] - times[0][0]):.2%}", "1 %")
-        line("one checkpoint", f"{spent / max(1, len([1 for p, _ in Watched.saves[:-1] if p == 'transformer'])):.2f} s", "-")
-        arguments = ["--data", settings.data, "--out", settings.out, "--preset", asked.preset, "--device", asked.device,
-                     "--epochs", str(EPOCHS)]
-        done = subprocess.run([sys.executable, "-c", RESTART.format(root=str(ROOT), arguments=arguments)], check=True,
-                              capture_output=True, text=True)
-        seconds = float(done.stdout.partition("FIRST STEP")[2].split()[0])
-        line("from start to the end of the first step, after a restart", f"{seconds:.1f} s", "-")
+        for script, *more in (("generate.py", "--n", asked.n, "--out", f"{place}/run"),
+                              ("merge.py", f"{place}/run", "--out", f"{place}/dataset.npz")):
+            subprocess.run([sys.executable, ROOT / script, *map(str, more)], check=True,
+                           stdout=subprocess.DEVNULL)
+        data = f"{place}/dataset.npz"
+        for learner in learners(asked, data):
+            steps(learner)
+        whole_runs(asked, data, Path(place))
+
+
+def learners(asked, data):
+    import magvit
+    import numpy as np
+    import torch
+    device, data = magvit.open_device(asked.device), magvit.load_data(data)
+    part, preset = magvit.split(data.labels), train_magvit.PRESETS[asked.preset]
+    model = magvit.Magvit(magvit.Sizes(**preset.sizes), data.videos.shape[1:], data.classes)
+    model.to(device).requires_grad_(False)
+    parts = [torch.from_numpy(np.flatnonzero(part == k)).to(device) for k in range(3)]
+    videos = torch.from_numpy(data.videos).to(device)
+    labels = torch.from_numpy(data.labels).to(device)
+    settings = train_magvit.Settings()
+    for phase in train_magvit.phases_of(settings, preset, model, len(parts[0])):
+        learner = train_magvit.Learner(phase, model, videos, labels, parts, 0)
+        learner.shuffle(0)
+        yield learner
+
+
+class Quiet:
+    def log(self, text):
+        pass
+
+
+def steps(learner):
+    """Videos a second of one phase, and on a GPU what the graph gains and what is left idle."""
+    import torch
+    name, batch = learner.phase.name, learner.phase.batch
+    if learner.device.type != "cuda":
+        line(f"{name}: training videos/s", f"{batch / seconds_of(learner.step):.0f}", "-")
+        return
+    began = time.perf_counter()
+    replay = train_magvit.captured(learner, Quiet())
+    line(f"{name}: compile and capture", f"{time.perf_counter() - began:.0f} s", "-")
+    graph, plain = seconds_of(replay), seconds_of(learner.step)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        for _ in range(5):
+            replay()
+        torch.cuda.synchronize()
+    busy = sum(event.device_time_total for event in profile.key_averages()) / 5e6
+    line(f"{name}: training videos/s", f"{batch / graph:.0f}", "140,000")
+    line(f"{name}: as a graph, against compiled without one", f"{plain / graph:.1f} times", "-")
+    line(f"{name}: device busy of wall", f"{busy / graph:.0%}", "-")
+
+
+def seconds_of(step):
+    """The median of five stretches."""
+    import torch
+    wait = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
+    for _ in range(WARM_UP):
+        step()
+    took = []
+    for _ in range(5):
+        wait()
+        began = time.perf_counter()
+        for _ in range(STEPS // 5):
+            step()
+        wait()
+        took.append((time.perf_counter() - began) / (STEPS // 5))
+    return statistics.median(took)
+
+
+def whole_runs(asked, data, place):
+    epochs = "6" if asked.device == "cpu" else "60"
+
+    def command(out, *more):
+        return [sys.executable, ROOT / "train_magvit.py", "--data", data, "--out", place / out,
+                "--preset", asked.preset, "--device", asked.device, "--epochs", epochs,
+                "--heartbeat", "0.1", *more]
+
+    def until(process, out, reached):
+        while process.poll() is None:
+            progress = checkpointing.read_progress(place / out / "PROGRESS.txt")
+            if progress.get("PID") == str(process.pid) and reached(progress):
+                return time.perf_counter()
+            time.sleep(0.02)
+        raise SystemExit(f"{out}: ended too early")
+
+    def worked(out, *more):
+        """Seconds that the training itself took; the evaluation is cut off."""
+        with subprocess.Popen(command(out, *more), stdout=subprocess.DEVNULL) as process:
+            began = until(process, out, lambda p: p.get("Phase") == "transformer")
+            ended = until(process, out, lambda p: p["Status"] == "COMPLETE")
+            process.kill()
+        return ended - began
+
+    off, on = worked("off", "--every", "1000"), worked("on", "--max-minutes", "0.05")
+    line("second phase with a checkpoint every 3 s, against none", f"{on / off:.2f} times", "-")
+    cut = command("cut", "--max-minutes", "0.02")
+    with subprocess.Popen(cut, stdout=subprocess.DEVNULL) as process:
+        until(process, "cut", lambda p: p.get("Phase") == "transformer")
+        time.sleep(3)
+        process.kill()
+    began = time.perf_counter()
+    with subprocess.Popen(command("cut"), stdout=subprocess.PIPE, text=True) as process:
+        next(said for said in process.stdout if said.startswith("preset"))   # at the 20th step
+        line("from a restart to its 20th step", f"{time.perf_counter() - began:.1f} s", "-")
+        beside = made(place, "beside", asked)
+        process.kill()
+    line("apply_magvit.py generate --n 16 beside a training, against alone",
+         f"{beside / made(place, 'alone', asked):.1f} times", "3 on two cores")
+
+
+def made(place, name, asked):
+    began = time.perf_counter()
+    subprocess.run([sys.executable, ROOT / "apply_magvit.py", "generate", "--class", "helical",
+                    "--device", asked.device, "--model", place / "on" / "best_model.pt", "--out",
+                    place / f"{name}.npz"], check=True, stdout=subprocess.DEVNULL)
+    return time.perf_counter() - began
 
 
 if __name__ == "__main__":

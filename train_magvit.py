@@ -155,9 +155,11 @@ def train(settings, run):
         "preset": name, "epochs": settings.epochs, "batch_size": settings.batch_size,
         "seed": settings.seed, "videos": len(data.videos), "shape": list(shape), "data": digest})
     state = run.load(lambda file: torch.load(file, map_location="cpu", weights_only=True), {})
-    if run.done >= run.total:
-        return None
     history, best, done = state.get("history", []), state.get("best"), run.done
+    if state:
+        publish(Path(settings.out), model, state, done == run.total)   # if a kill came before
+    if done >= run.total:
+        return None
     if state:
         model.load_state_dict(state["model"])
         warn_of_another_machine(run, state["machine"], machine(device))
@@ -209,6 +211,8 @@ def plan(run, total, settings):
     try:
         run.plan(total, settings)
     except CheckpointError as error:
+        if error.exit_code != checkpointing.WRONG_SETTINGS:
+            raise
         raise CheckpointError(f"{error}. Or add --fresh: it sets the old run aside and begins anew",
                               error.exit_code) from None
 
@@ -645,31 +649,33 @@ class Saver:
             copied.synchronize()
         if self.run.durable != done:
             self.run.save(done, magvit.saved(state))
-        self._publish(done, state, shown)
-        self.saved_at = time.monotonic()
-        self.cost = self.saved_at - began
-
-    def _publish(self, done, state, shown):
-        """What follows from a durable checkpoint: it never shows what a crash could take back."""
-        best = state["best"]
-        if best:
-            better = {f"transformer.{k}": v for k, v in best["weights"].items()}
-            weights = {**state["model"], **better}
-            self._model("best_model.pt", weights, f"epoch {best['epoch']}, validation loss "
-                        f"{best['validation_loss']:.6f}")
-        if done == self.run.total:
-            self._model("final_model.pt", state["model"], f"step {done}")
-        checkpointing.write_atomic(self.out / "history.json",
-                                   json.dumps(state["history"], indent=1) + "\n")
+        publish(self.out, self.model, state, done == self.run.total)
         buffer = io.BytesIO()
         np.savez_compressed(buffer, **shown)
         checkpointing.write_sealed(self.out / "samples.npz", buffer.getvalue())
         report.refresh(self.out)
+        self.saved_at = time.monotonic()
+        self.cost = self.saved_at - began
 
-    def _model(self, name, weights, note):
-        if checkpointing.note_of(self.out / name) != note:
-            content = magvit.saved(self.model.state(weights))
-            checkpointing.write_sealed(self.out / name, content, note)
+
+def publish(out, model, state, complete):
+    """The files that follow from a durable checkpoint: they never show what a crash could take
+    back. What is there already is left alone."""
+    best = state["best"]
+    if best:
+        better = {f"transformer.{name}": tensor for name, tensor in best["weights"].items()}
+        publish_model(out / "best_model.pt", model, {**state["model"], **better},
+                      f"epoch {best['epoch']}, validation loss {best['validation_loss']:.6f}")
+    if complete:
+        publish_model(out / "final_model.pt", model, state["model"], f"step {state['done']}")
+    text = json.dumps(state["history"], indent=1) + "\n"
+    if not (out / "history.json").exists() or (out / "history.json").read_text() != text:
+        checkpointing.write_atomic(out / "history.json", text)
+
+
+def publish_model(path, model, weights, note):
+    if checkpointing.note_of(path) != note:
+        checkpointing.write_sealed(path, magvit.saved(model.state(weights)), note)
 
 
 SAMPLES = 8                 # videos of samples.npz

@@ -105,6 +105,15 @@ def test_a_damaged_checkpoint_falls_back_to_the_end_of_the_phase_before(data, wh
     same_results(out, whole)
 
 
+def test_a_kill_between_the_last_checkpoint_and_the_models_loses_none(data, whole, tmp_path):
+    out = shutil.copytree(whole, tmp_path / "run")
+    shutil.rmtree(out / "evaluation")
+    for name in ("best_model.pt", "final_model.pt", "history.json"):
+        (out / name).unlink()
+    train(data, out)
+    same_results(out, whole)
+
+
 @pytest.mark.parametrize("signal_, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_saves_and_leaves_within_ten_seconds(toy, tmp_path, signal_, code):
     process = start_training(toy, tmp_path, "--epochs", 5000)

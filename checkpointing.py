@@ -1420,6 +1420,8 @@ class DirectoryLock:
             return os.path.samestat(os.stat(directory), self.place)
         except FileNotFoundError:
             return False
+        except OSError as error:
+            raise _unreadable(directory, error) from error
 
     def release(self):
         if self in self.living:

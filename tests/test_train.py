@@ -93,6 +93,18 @@ def test_kills_at_random_moments_of_both_phases_end_with_the_same_bits(data, who
     same_results(tmp_path, whole)
 
 
+@pytest.mark.slow
+def test_the_larger_preset_is_exact_too(toy, tmp_path):
+    """Killed after its first checkpoint, against undisturbed."""
+    more = ("--preset", "small", "--epochs", 4)
+    train(toy, tmp_path / "whole", *more)
+    process = start_training(toy, tmp_path / "cut", "--max-minutes", 0.0001, *more)
+    wait_for(lambda: find_checkpoints(tmp_path / "cut"), "a checkpoint")
+    kill(process)
+    train(toy, tmp_path / "cut", *more)
+    same_results(tmp_path / "cut", tmp_path / "whole")
+
+
 def test_a_damaged_checkpoint_falls_back_to_the_end_of_the_phase_before(data, whole, tmp_path):
     """That one holds no optimiser: the one that is needed belongs to the next phase."""
     out = shutil.copytree(whole, tmp_path / "run")

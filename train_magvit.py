@@ -100,8 +100,7 @@ def main():
     with run:
         import_torch()
         data = train(settings, run)
-    if data:
-        report.refresh(settings.out, force=True)
+    # At once, so that nobody who watches sees all runs ended in between.
     evaluation = Path(settings.out) / "evaluation"
     if data is None and checkpointing.read_progress(
             evaluation / "PROGRESS.txt").get("Status") == "COMPLETE":

@@ -464,7 +464,7 @@ def test_it_waits_for_a_stage_that_is_about_to_appear_and_says_so(far, tmp_path)
         watcher = behind(far, MONITOR, "-i", 3, f"box:{tmp_path}", stdout=screen)
         text = (tmp_path / "screen").read_text
         wait_for(lambda: "One more look in 3 s" in text(), "the word")
-        process = begin(tmp_path / "train", 150, PAUSE=0.02)
+        process = begin(tmp_path / "train", 150, PAUSE=0.06)
         assert watcher.wait(timeout=60) == 0
         process.wait(timeout=30)
     assert "train: RUNNING" in text() and "train: COMPLETE" in text()
@@ -688,7 +688,7 @@ def test_a_real_training_seen_from_running_to_complete_and_copied_whole(far, tmp
     process.wait(timeout=30)
     assert "train: COMPLETE" in done.stdout
     sync(far, f"box:{there}", here)
-    names = ["best_model.pt", "final_model.pt", "metrics.json", "PROGRESS.txt"]
+    names = ["best_model.pt", "final_model.pt", "evaluation/metrics.json", "PROGRESS.txt"]
     assert same(there / "train", here / "train", names)
     assert checkpointing.verify([here]) == 0
 

@@ -1,5 +1,4 @@
-"""What all tests share: how a program is run, killed and watched, and what happens where a tool is
-missing."""
+"""What all tests share: how a program is run, killed and watched, and what happens where a tool is missing."""
 import os
 import shutil
 import signal
@@ -10,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-# A suite started in the background of a script or under nohup inherits ignored signals, and would
-# hand them on to the jobs it tests, which rightly go on ignoring them.
+# A suite started in the background of a script or under nohup inherits ignored signals, and would hand them on to the jobs
+# it tests, which rightly go on ignoring them.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
@@ -42,8 +41,7 @@ def command(script, *arguments):
 
 
 def run(script, *arguments, code=0, **more):
-    """Run a stage to its end, check its exit code, return the completed process with its output as
-    text."""
+    """Run a stage to its end, check its exit code, return the completed process with its output as text."""
     done = subprocess.run(command(script, *arguments), capture_output=True, text=True, timeout=150, **more)
     assert done.returncode == code, f"exit {done.returncode}, not {code}\n{done.stdout}\n{done.stderr}"
     if code:
@@ -60,8 +58,8 @@ def start(script, *arguments, **more):
 
 def peak_memory(script, *arguments):
     """Peak resident memory of a stage, in the unit of getrusage."""
-    code = ("import resource, runpy, sys; sys.argv = sys.argv[1:]; sys.path.insert(0, "
-            "sys.argv[0].rpartition('/')[0]); runpy.run_path(sys.argv[0], run_name='__main__'); "
+    code = ("import resource, runpy, sys; sys.argv = sys.argv[1:]; sys.path.insert(0, sys.argv[0].rpartition('/')[0]); "
+            "runpy.run_path(sys.argv[0], run_name='__main__'); "
             "print('peak', resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)")
     done = subprocess.run([sys.executable, "-c", code, *command(script, *arguments)[1:]], capture_output=True, text=True,
                           check=True)

@@ -1,5 +1,4 @@
-"""A stranger's job for the tests, on the standard library: sums up numbers, slowly. Options by
-environment variables.
+"""A stranger's job for the tests, on the standard library: sums up numbers, slowly. Options by environment variables.
 
     counting_job.py OUT TOTAL [EVERY]
 """

@@ -1,5 +1,4 @@
-"""The promises of apply_magvit.py; the model here is untrained, since what is tested is what
-happens around it."""
+"""The promises of apply_magvit.py; the model here is untrained, since what is tested is what happens around it."""
 import json
 import os
 import re

@@ -15,8 +15,7 @@ import pytest
 from conftest import ROOT, kill, missing, need, need_root, run, start, wait_for
 
 import checkpointing
-from checkpointing import CheckpointError, Run, find_checkpoints, problem_with, read_progress,
-write_atomic
+from checkpointing import CheckpointError, Run, find_checkpoints, problem_with, read_progress, write_atomic
 
 JOB = "tests/counting_job.py"
 
@@ -99,8 +98,7 @@ def test_temp_files_of_the_dead_are_swept_and_those_of_the_living_left_alone(tmp
 
 
 def traced(tmp_path, *options):
-    """Run a save (record, checkpoint, progress) under strace; the calls are counted from the file
-    `now` on."""
+    """Run a save (record, checkpoint, progress) under strace; the calls are counted from the file `now` on."""
     script = tmp_path / "save.py"
     script.write_text(
         f"import os, sys; sys.path.insert(0, {str(ROOT)!r}); import checkpointing\n"
@@ -116,8 +114,7 @@ CALLS = "openat,write,flock,fsync,rename,unlink,ftruncate"
 
 
 def trace_of_a_save(tmp_path):
-    """[(call, how many-th call of its kind in the process, line)] of the second checkpoint's
-    save."""
+    """[(call, how many-th call of its kind in the process, line)] of the second checkpoint's save."""
     subprocess.run([*traced(tmp_path, "-e", f"trace={CALLS},stat,newfstatat"), tmp_path / "dry"], check=True, timeout=60)
     counts, save, inside = {}, [], False
     lines = (tmp_path / "trace").read_text().splitlines()
@@ -181,8 +178,7 @@ def test_an_io_error_at_any_call_of_a_save_ends_in_one_line_and_a_restart_finish
 
 
 def test_a_power_cut_after_a_save_returned_leaves_the_checkpoint_whole(tmp_path):
-    """ext4 on a loop device, shut down without flushing anything. The naive way is the control: it
-    must lose its file."""
+    """ext4 on a loop device, shut down without flushing anything. The naive way is the control: it must lose its file."""
     need("mkfs.ext4", "mount")
     need_root()
     image, disk = tmp_path / "image", tmp_path / "disk"
@@ -414,8 +410,7 @@ def test_the_heartbeat_beats_without_updates_and_a_hang_shows_as_stalled_not_as_
 
 
 def test_slow_steady_work_is_not_called_stalled(tmp_path):
-    """Steps of 0.3 s with stall_after 0.1: the work takes that long, so ten times longer is what
-    counts."""
+    """Steps of 0.3 s with stall_after 0.1: the work takes that long, so ten times longer is what counts."""
     with Run(tmp_path, 3, heartbeat=0.02, stall_after=0.1) as job:
         job.begin()
         time.sleep(0.3)
@@ -582,8 +577,8 @@ def test_a_run_under_nohup_outlives_its_terminal_and_its_log_grows_line_by_line(
     import pty
     out, log = tmp_path / "run", tmp_path / "log"
     master, slave = pty.openpty()
-    shell = subprocess.Popen(["bash", "-ic", f"nohup {sys.executable} {ROOT / JOB} {out} 500 10 > "
-                              f"{log} 2>&1 & sleep 60"], stdin=slave, stdout=slave, stderr=slave, start_new_session=True,
+    shell = subprocess.Popen(["bash", "-ic", f"nohup {sys.executable} {ROOT / JOB} {out} 500 10 > {log} 2>&1 & "
+                              "sleep 60"], stdin=slave, stdout=slave, stderr=slave, start_new_session=True,
                              env=env(PAUSE=0.01))
     os.close(slave)
     wait_for(lambda: log.exists() and "checkpoint_00010" in log.read_text(), "a line in the log")

@@ -1,5 +1,5 @@
-"""The promises of evaluate_magvit.py: figures that cannot flatter, an evaluation that is saved as
-it goes, on any model and any labelled set."""
+"""The promises of evaluate_magvit.py: figures that cannot flatter, an evaluation that is saved as it
+goes, on any model and any labelled set."""
 import json
 import os
 import shutil

@@ -1,5 +1,4 @@
-"""A stranger's job behaves under Run as it does without: forks, pools, threads, terminals,
-faults."""
+"""A stranger's job behaves under Run as it does without: forks, pools, threads, terminals, faults."""
 import errno
 import json
 import os
@@ -54,8 +53,7 @@ if __name__ == "__main__":
 
 
 def test_pools_inside_a_run_end_each_time_also_when_four_such_jobs_run_at_once(tmp_path):
-    """Without the handlers given back to forked workers, terminate() hangs now and then: 160
-    pools."""
+    """Without the handlers given back to forked workers, terminate() hangs now and then: 160 pools."""
     jobs = []
     for i in range(4):
         (tmp_path / str(i)).mkdir()
@@ -554,8 +552,8 @@ def test_a_pipe_in_the_place_of_any_file_hangs_nothing(tmp_path, name):
 
 
 @pytest.mark.parametrize("text", ["Job\nElapsed: \n", "Job\nElapsed: " + "9" * 400 + " s\n", "Job\nElapsed: -1 s\n",
-                                  "Job\nElapsed: 1e999 s\nProgress: " + "9" * 400 + "/3 steps\n",
-                                  "Job\nHeartbeat: " + "9" * 400, "Job\nStatus: RUNNING\nHost: vm\nPID: " + "9" * 400 + "\nHeartbeat: 1\n", "[" * 100_000])
+                                  "Job\nElapsed: 1e999 s\nProgress: " + "9" * 400 + "/3 steps\n", "Job\nHeartbeat: " + "9" * 400,
+                                  "Job\nStatus: RUNNING\nHost: vm\nPID: " + "9" * 400 + "\nHeartbeat: 1\n", "[" * 100_000])
 def test_no_content_of_progress_txt_stops_a_start(tmp_path, text):
     text = text.replace("Host: vm", f"Host: {os.uname().nodename}")
     run(JOB, tmp_path, 20)
@@ -761,8 +759,8 @@ def test_a_disk_that_answers_eio_to_everything_is_one_line(tmp_path):
     for call in ("openat", "read", "write", "fsync", "rename", "flock", "unlink", "getdents64"):
         # -P: only what touches the run directory
         done = subprocess.run(["strace", "-f", "-qq", "-o", "/dev/null", "-P", tmp_path / "out", "-P", tmp_path / "out" / ".lock",
-                               "-P", tmp_path / "out" / "checkpoints.jsonl", "-P", tmp_path / "out"
-                               / "run.json", "-P", tmp_path / "out" / "checkpoint_00020.json", "-e", f"trace={call}", "-e",
+                               "-P", tmp_path / "out" / "checkpoints.jsonl", "-P", tmp_path / "out" / "run.json", "-P",
+                               tmp_path / "out" / "checkpoint_00020.json", "-e", f"trace={call}", "-e",
                                f"inject={call}:error=EIO", *command(JOB, tmp_path / "out", 40)], capture_output=True, text=True)
         assert "Traceback" not in done.stderr and done.returncode in (0, 1), done.stderr
 

@@ -1,5 +1,4 @@
-"""The promises of generate.py: the data set, the same bytes however the work is cut, the command
-line."""
+"""The promises of generate.py: the data set, the same bytes however the work is cut, the command line."""
 import contextlib
 import hashlib
 import json
@@ -95,8 +94,7 @@ def test_each_class_moves_as_its_name_says():
 
 
 def test_the_four_classes_are_told_apart_from_trajectory_2d_and_dot_size():
-    """Nearest neighbours on how badly each kind of path fits the points; features a person would
-    think of."""
+    """Nearest neighbours on how badly each kind of path fits the points; features a person would think of."""
     arrays = samples(n=4000)
     radius = np.sqrt(arrays["videos"].astype(np.float64).sum((2, 3, 4)) / generate.BRIGHTNESS / np.pi)
     depth = 32 * generate.DOT_RADIUS / radius
@@ -119,8 +117,7 @@ def test_the_four_classes_are_told_apart_from_trajectory_2d_and_dot_size():
 
 
 def test_a_nearest_neighbour_cannot_predict_the_future():
-    """The training video whose first four frames match best misses the last four by pixels:
-    nothing starts the same."""
+    """The training video whose first four frames match best misses the last four by pixels: nothing starts the same."""
     arrays = samples(n=5000)
     points = arrays["trajectory_2d"]
     train, test = points[:4500], points[4500:]
@@ -158,8 +155,7 @@ def test_no_two_samples_are_alike():
 
 
 def test_the_bytes_are_those_of_recipe_1():
-    """Everyone's data sets depend on this: a change here needs a new RECIPE, which refuses to
-    extend old sets."""
+    """Everyone's data sets depend on this: a change here needs a new RECIPE, which refuses to extend old sets."""
     assert generate.RECIPE == 1
     assert digest(samples(n=64)) == "20cec82aa0db53ee14fdb06464ca81469bd998a5710e44787c4aa51addf3da01"
 
@@ -289,8 +285,7 @@ def test_help_says_units_and_defaults():
 
 
 def test_memory_does_not_grow_with_n(tmp_path):
-    """Peak memory of the process for 2,000 and 12,000 samples, equal within a fifth; benchmarks/
-    has the full figure."""
+    """Peak memory of the process for 2,000 and 12,000 samples, equal within a fifth; benchmarks/ has the full figure."""
     peaks = [peak_memory("generate.py", "--n", n, "--every", 1000, "--out", tmp_path / str(n)) for n in (2000, 12000)]
     assert peaks[1] < 1.2 * peaks[0]
 
@@ -328,8 +323,7 @@ def test_no_worker_processes_are_started(tmp_path):
 def test_run_json_keeps_what_decides_the_result(tmp_path):
     run("generate.py", "--n", 8, "--out", tmp_path)
     assert json.loads((tmp_path / "run.json").read_text())["settings"] == {
-        "recipe": 1, "n": 8, "seed": 42, "frames": 8, "size": 32, "channels": 1, "augment": True,
-        "shard": None}
+        "recipe": 1, "n": 8, "seed": 42, "frames": 8, "size": 32, "channels": 1, "augment": True, "shard": None}
 
 
 def test_30000_videos_take_less_than_20_megabytes():

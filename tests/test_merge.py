@@ -30,8 +30,7 @@ def merge(*runs, out, code=0, more=()):
 
 
 def rewrite(path, **changes):
-    """Change arrays of a checkpoint, as whole as before but with other contents, and forget its
-    record."""
+    """Change arrays of a checkpoint, as whole as before but with other contents, and forget its record."""
     with np.load(path) as archive:
         arrays = {**dict(archive), **changes}
     np.savez(open(path, "wb"), **{name: a for name, a in arrays.items() if a is not None})
@@ -114,8 +113,8 @@ def test_a_damaged_checkpoint_is_refused_by_name_and_partial_goes_on_without_it(
 def test_wrong_contents_are_refused_naming_file_and_range(results, tmp_path, name, value, words):
     rewrite(results / "checkpoint_00100.npz", **{name: value})
     done = merge(results, out=tmp_path / "x.npz", code=1)
-    assert words in done.stderr and "checkpoint_00100.npz" in done.stderr and "100 to 199" in
-    done.stderr assert not list(tmp_path.glob("*.npz")) and not list(tmp_path.glob(".*"))
+    assert words in done.stderr and "checkpoint_00100.npz" in done.stderr and "100 to 199" in done.stderr
+    assert not list(tmp_path.glob("*.npz")) and not list(tmp_path.glob(".*"))
 
 
 def test_runs_with_different_settings_are_refused_naming_the_setting(results, tmp_path):

@@ -1,5 +1,4 @@
-"""The checklist before a run of hours, on this machine, in this place: `python -m pytest -m
-prelaunch`.
+"""The checklist before a run of hours, on this machine, in this place: `python -m pytest -m prelaunch`.
 
 Set PRELAUNCH_DIR to a directory on the disk the run will use (default: the project's), PRELAUNCH_BYTES to what it will
 write (default: 30,000 videos of 8x32x32).

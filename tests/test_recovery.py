@@ -34,8 +34,7 @@ def merged(*runs):
 
 
 def test_twenty_kills_at_random_moments_change_nothing(tmp_path, undisturbed):
-    """Kills until twenty have hit a living process; where a run ends before, the next kills go to
-    a new one."""
+    """Kills until twenty have hit a living process; where a run ends before, the next kills go to a new one."""
     moments = random.Random(1)
     kills = runs = 0
     while kills < 20:

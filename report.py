@@ -1298,7 +1298,7 @@ def headlines(metrics):
     tiles = []
     for words, where in (("PSNR of reconstructions", "tokenizer.psnr_db"),
                          ("of test videos classified right", "classification.accuracy"),
-                         ("of generated videos judged right", "generation.judged_right"),
+                         ("of generated videos judged right", "generation.judged_right_unchosen"),
                          ("error of predictions", "prediction.model.error_px")):
         value, rows = look_up(metrics, where), [row for row in FIGURES if row[2] == where]
         bases = [(look_up(metrics, row[5]), row[4]) for row in rows]
@@ -1483,9 +1483,9 @@ FIGURES = [
      "chance", "classification.chance", ">"),
     ("Classified", "right, first half of the frames", "classification.accuracy_first_half", "%",
      "chance", "classification.chance", ">"),
-    ("Generated", "judged to be of the class asked for", "generation.judged_right", "%",
+    ("Generated", "judged to be of the class asked for", "generation.judged_right_unchosen", "%",
      "real videos", "judge.accuracy_on_real", "near"),
-    ("Generated", "the same, first try", "generation.judged_right_unchosen", "%",
+    ("Generated", "the same, the surest of several", "generation.judged_right", "%",
      "real videos", "judge.accuracy_on_real", "near"),
     ("Generated", "frames with exactly one dot", "generation.one_dot", "%",
      "real videos", "generation.one_dot_real", "near"),

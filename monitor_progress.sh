@@ -209,6 +209,7 @@ printf '%s now %s\n' "$mark" "$(date +%s)"
 here=$(hostname 2>/dev/null || uname -n)
 here=$(printf '%s' "$here" | tr -c '\n -~' '?')
 if cd "$dir" 2>/dev/null; then
+    if [ -f report.html ]; then printf '%s page\n' "$mark"; fi
     find . -maxdepth 6 -type d -name '*.old[0-9]*' -prune -o -name PROGRESS.txt -type f -print \
         2>/dev/null | sort | head -n 200 | while IFS= read -r file; do
         read_file "$file"
@@ -404,7 +405,7 @@ notify() {
 
 # Show target number $1 ($2) from its last good look. Adds its runs to $tmp/words.
 show() {
-    local name=$2 why='' fetched now=0 line run=0 i=1
+    local name=$2 why='' fetched now=0 line run=0 i=1 page=''
     case $name in *[!/:]/) name=${name%/} ;; esac
     if [ -f "$tmp/bad.$1" ]; then why=$(reason "$tmp/bad.$1"); why=${why:-no answer}; fi
     if [ ! -f "$tmp/good.$1" ]; then
@@ -417,6 +418,7 @@ show() {
     while IFS= read -r line; do
         case $line in
             '=now '*) now=$(number "${line#=now }" 0) ;;
+            '=page') page=yes ;;
             '=run '*)
                 run=$((run + 1))
                 printf '%s\n' "${line#=run }" >"$tmp/run.$run.head"
@@ -432,6 +434,12 @@ show() {
         show_run "$name" "$tmp/run.$i" "$now" "$fetched" "$why"
         i=$((i + 1))
     done
+    if [ -n "$page" ]; then
+        case ${name%%/*} in
+            *:*) printf 'pictures: report.html there; sync_results.sh brings it here\n\n' ;;
+            *) printf 'pictures: %s/report.html\n\n' "$name" ;;
+        esac
+    fi
 }
 
 # Show the run in file $2 of target $1, at remote time $3, fetched $4 s ago; $5 why no newer look.

@@ -1340,6 +1340,8 @@ def marks_of(run, rows):
     """Where it restarted, and where its checkpoints are or were."""
     marks = [("restart", row["step"], f"restarted before step {row['step']:,.0f}")
              for row in rows if row["restart"]]
+    for step in re.findall(r"\b\d{1,15}\b", run.progress.get("Restarts", ""))[-60:]:
+        marks.append(("restart", int(step), f"restarted at step {int(step):,}"))
     steps = {number: path.name for number, path in checkpointing.find_checkpoints(run.path)}
     try:
         for name in checkpointing.read_records(run.path):

@@ -163,6 +163,9 @@ def train(settings, run):
         model.load_state_dict(state["model"])
         warn_of_another_machine(run, state["machine"], machine(device))
     run.unit_bytes = bytes_to_come(model, run) / (run.total - done)
+    if done:   # in PROGRESS.txt, since history.json is the same however often it was killed
+        before = run.progress.fields.get("Restarts")
+        run.update(done, Restarts=f"{before}, {done}" if before else done)
     run.begin()
     pace = Pace(run, phases, preset.ratio, name, device)
 

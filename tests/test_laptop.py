@@ -470,6 +470,15 @@ def test_it_waits_for_a_stage_that_is_about_to_appear_and_says_so(far, tmp_path)
     assert "train: RUNNING" in text() and "train: COMPLETE" in text()
 
 
+def test_the_monitor_says_where_the_page_is_once_it_is_there(far, tmp_path):
+    progress_file(tmp_path, Status="COMPLETE")
+    assert "report.html" not in monitor(far, "-1", tmp_path, code=0).stdout
+    (tmp_path / "report.html").write_text("page")
+    assert f"pictures: {tmp_path}/report.html\n" in monitor(far, "-1", tmp_path, code=0).stdout
+    there = monitor(far, "-1", f"box:{tmp_path}", code=0).stdout
+    assert "pictures: report.html there; sync_results.sh brings it here\n" in there
+
+
 def test_a_complete_run_alone_is_left_after_one_more_look(far, tmp_path):
     progress_file(tmp_path, Status="COMPLETE")
     assert monitor(far, "-i", 1, f"box:{tmp_path}", code=0).stdout.count(": COMPLETE") == 2

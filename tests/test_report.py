@@ -350,6 +350,14 @@ def test_loss_curves_mark_restarts_and_checkpoints(tmp_path):
     assert "loss, log scale" in text
 
 
+def test_restarts_are_marked_from_what_progress_says(tmp_path):
+    training(tmp_path)
+    path = tmp_path / "PROGRESS.txt"
+    path.write_text(path.read_text() + "Restarts: 20, 55\n")
+    text = page(tmp_path)
+    assert "restarted at step 20" in text and "restarted at step 55" in text
+
+
 def test_shards_are_one_data_set(tmp_path):
     for part in (1, 2, 3):
         run("generate.py", "--n", 48, "--every", 8, "--out", tmp_path / "results", "--shard",

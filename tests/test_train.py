@@ -91,6 +91,8 @@ def test_kills_at_random_moments_of_both_phases_end_with_the_same_bits(data, who
     assert find_checkpoints(tmp_path)
     train(data, tmp_path, "--max-minutes", 0.0001)
     same_results(tmp_path, whole)
+    restarts = read_progress(tmp_path / "PROGRESS.txt")["Restarts"].split(", ")   # for the page
+    assert restarts == sorted(restarts, key=int) and 1 <= len(restarts) <= 5
 
 
 @pytest.mark.slow

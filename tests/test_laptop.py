@@ -116,8 +116,10 @@ class Far:
 
     def close(self):
         self.sshd.kill()
+        self.sshd.wait()
         self.silent.close()
         self.cutter.server.shutdown()
+        self.cutter.server.server_close()
 
 
 class Cutter:

@@ -20,7 +20,8 @@ from conftest import ROOT, command, missing, run, wait_for
 import checkpointing
 import report
 
-pytestmark = pytest.mark.filterwarnings("error")
+pytestmark = [pytest.mark.filterwarnings("error"),   # but for what other tests have left behind
+              pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")]
 HOSTILE = "<img src=x onerror=alert(1)>\"'</script></style></svg><script>alert(1)</script>&amp;"
 
 

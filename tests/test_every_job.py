@@ -289,14 +289,17 @@ def test_an_exception_in_a_step_saves_nothing_of_it_and_says_what_is_saved_and_d
     assert [n for n, _ in find_checkpoints(tmp_path / "out")] == [10, 20]
 
 
-def test_pieces_may_end_early_too(tmp_path):
-    code = """
+FINISHED_PIECES = """
 with checkpointing.Run(out, 100, every=10, suffix=".txt") as run:
     for piece in run.pieces():
         for i in piece: pass
         piece.save(f"{piece.start} {piece.done}")
         if piece.start == 30: run.finish()
 """
+
+
+def test_pieces_may_end_early_too(tmp_path):
+    code = FINISHED_PIECES
     for _ in range(2):
         finish(job(tmp_path, code))
         assert read_progress(tmp_path / "out" / "PROGRESS.txt")["Progress"] == "40/40 steps (100%)"
@@ -948,7 +951,6 @@ with checkpointing.Run(out, 10, every=4, suffix=".json") as run:
 assert values == list(range(10)), values
 """
     finish(job(tmp_path, code))
-    (tmp_path / "job.py").write_text((tmp_path / "job.py").read_text().replace("{out}", "{out}2"))
 
 
 def test_an_exception_caught_outside_its_loop_saves_no_half_step(tmp_path):
@@ -1098,13 +1100,7 @@ def test_a_generator_that_still_holds_a_run_when_python_ends_hangs_nothing(tmp_p
 
 
 def test_finished_pieces_stay_the_same_whole_when_one_is_damaged(tmp_path):
-    code = """
-with checkpointing.Run(out, 100, every=10, suffix=".txt") as run:
-    for piece in run.pieces():
-        for i in piece: pass
-        piece.save(f"{piece.start} {piece.done}")
-        if piece.start == 30: run.finish()
-"""
+    code = FINISHED_PIECES
     finish(job(tmp_path, code))
     (tmp_path / "out" / "checkpoint_00010.txt").write_text("rot")
     finish(job(tmp_path, code.replace("every=10", "every=4").replace("for i in piece: pass", "next(iter(piece)); stop = 1")

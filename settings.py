@@ -50,7 +50,9 @@ class OneLineParser(argparse.ArgumentParser):
             signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def error(self, message):
-        self.exit(WRONG_SETTINGS, f"{self.prog}: error: {message}; see {self.prog} --help\n")
+        once = os.environ.get("RANK", "0") == "0"   # torchrun starts many with the same mistake
+        said = f"{self.prog}: error: {message}; see {self.prog} --help\n"
+        self.exit(WRONG_SETTINGS, said if once else None)
 
 
 def parse_settings(kind, description, argv=None):

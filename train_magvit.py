@@ -3,6 +3,7 @@
     python train_magvit.py                        # results/dataset.npz, on what this machine has
     nohup python train_magvit.py > train.log &    # the same command again goes on where it was
     python train_magvit.py --preset small --data other.npz --out results/other
+    torchrun --standalone --nproc_per_node=2 train_magvit.py    # on two devices, see processes.py
 
 Two phases: first the tokenizer learns to paint a video from a few integers, then the transformer
 learns to fill in hidden ones. Then evaluate_magvit.py says what the model is worth. The order of
@@ -15,6 +16,7 @@ import copy
 import io
 import json
 import math
+import signal
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -26,6 +28,7 @@ import checkpointing
 import evaluate_magvit
 import report
 from checkpointing import CheckpointError, duration
+from processes import Follower, Processes
 from settings import option, parse_settings
 
 @dataclass
@@ -92,14 +95,19 @@ def main():
         parser.error("--epochs must be at least 2, one for each phase")
     if settings.preset not in ("auto", *PRESETS):
         parser.error(f"--preset must be auto, {', '.join(PRESETS)}, not {settings.preset}")
-    if settings.fresh:
+    processes = Processes()
+    if settings.fresh and processes.leads:
         with checkpointing.one_line_errors():
             set_aside(Path(settings.out))
     run = checkpointing.Run(settings.out, suffix=".pt", title="MAGVIT training", unit="steps",
-                            max_minutes=settings.max_minutes, heartbeat=settings.heartbeat)
+                            max_minutes=settings.max_minutes, heartbeat=settings.heartbeat
+                            ) if processes.leads else Follower()
     with run:
         import_torch()
-        data = train(settings, run)
+        data = train(settings, run, processes)
+        processes.leave()
+    if not processes.leads:
+        return
     # At once, so that nobody who watches sees all runs ended in between.
     evaluation = Path(settings.out) / "evaluation"
     if data is None and checkpointing.read_progress(
@@ -125,20 +133,28 @@ def import_torch():
 # --------------------------------------------------------------------------------------------------
 # The run, from wherever it was to the end of training
 
-def train(settings, run):
+def train(settings, run, processes):
     """Train until `run` is complete. Returns the data; None if there was nothing to do."""
     device = magvit.open_device(settings.device)
+    processes.join(device)
+    run.heard = True
     name = settings.preset
     if name == "auto":
         name = "small" if device.type == "cuda" else "tiny"
     preset = PRESETS[name]
-    data = magvit.load_data(settings.data)
-    used = videos_used_before(settings.out)
-    if used and len(data.videos) > used:
-        run.log(f"{settings.data} has grown to {len(data.videos)} videos; this run goes on with "
-                f"the first {used} it began with (--fresh to begin again with all)")
-        data = data.first(used)
-    part, digest = magvit.checked_split(data)
+    used = processes.given(videos_used_before(settings.out))
+    with processes.together():
+        data = magvit.load_data(settings.data)
+        if used and len(data.videos) > used:
+            run.log(f"{settings.data} has grown to {len(data.videos)} videos; this run goes on "
+                    f"with the first {used} it began with (--fresh to begin again with all)")
+            data = data.first(used)
+        part, digest = magvit.checked_split(data)
+    same = processes.given(digest)
+    with processes.together():
+        if digest != same:
+            raise CheckpointError(f"{settings.data} is not the same here as in process 0",
+                                  checkpointing.WRONG_SETTINGS)
 
     # The first weights are drawn on the CPU: the same ones on every device.
     torch.manual_seed(settings.seed)
@@ -149,31 +165,37 @@ def train(settings, run):
     labels = torch.from_numpy(data.labels).to(device)
     parts = [torch.from_numpy(np.flatnonzero(part == k)).to(device) for k in range(3)]
     phases = phases_of(settings, preset, model, len(parts[magvit.TRAIN]))
+    if phases[0].batch < processes.count:
+        raise CheckpointError(f"{processes.count} processes cannot share a batch of "
+                              f"{phases[0].batch} videos", checkpointing.WRONG_SETTINGS)
 
-    plan(run, phases[-1].stop, {
-        "preset": name, "epochs": settings.epochs, "batch_size": settings.batch_size,
-        "seed": settings.seed, "videos": len(data.videos), "shape": list(shape), "data": digest})
-    state = run.load(lambda file: torch.load(file, map_location="cpu", weights_only=True), {})
-    history, best, done = state.get("history", []), state.get("best"), run.done
-    if state:
-        publish(Path(settings.out), model, state, done == run.total)   # if a kill came before
-    if done >= run.total:
+    state = None
+    with processes.together():
+        if processes.leads:
+            plan(run, phases[-1].stop, {
+                "preset": name, "epochs": settings.epochs, "batch_size": settings.batch_size,
+                "seed": settings.seed, "videos": len(data.videos), "shape": list(shape),
+                "data": digest})
+            state = run.load(lambda file: torch.load(file, map_location="cpu", weights_only=True),
+                             {})
+        if state:
+            publish(Path(settings.out), model, state, run.done == run.total)   # after a kill
+    state, done = processes.given((state, run.done))
+    history, best = state.get("history", []), state.get("best")
+    if done >= phases[-1].stop:
         return None
     if state:
         model.load_state_dict(state["model"])
-        warn_of_another_machine(run, state["machine"], machine(device))
-    run.unit_bytes = bytes_to_come(model, run) / (run.total - done)
-    if done:   # in PROGRESS.txt, since history.json is the same however often it was killed
-        before = run.progress.fields.get("Restarts")
-        run.update(done, Restarts=f"{before}, {done}" if before else done)
-    run.begin()
+        warn_of_another_machine(run, state["machine"], machine(device, processes))
+    if processes.leads:
+        begin(run, model)
     pace = Pace(run, phases, preset.ratio, name, device)
 
     with Saver(run, model, settings, videos, parts[magvit.VALIDATION]) as saver:
         for phase in phases:
             if done >= phase.stop:
                 continue
-            learner = Learner(phase, model, videos, labels, parts, settings.seed)
+            learner = Learner(phase, model, videos, labels, parts, settings.seed, processes)
             if (state.get("learning") or {}).get("phase") == phase.name:
                 learner.restore(state["learning"])
             learner.shuffle((done - phase.start) // phase.epoch_steps)
@@ -196,16 +218,18 @@ def train(settings, run):
                     tell(run, phase, history, pace, done)
                 if since == 0 and done < phase.stop:
                     learner.shuffle(epoch)
+                asked = agreed(run, processes, device, done)
                 cadence = since == 0 and epoch % settings.every == 0 and saver.affordable()
-                if done == phase.stop or cadence or run.stopping or run.due() and not saver.busy():
+                late = run.due() and not saver.busy()
+                if processes.leads and (done == phase.stop or cadence or asked or late):
                     learner.check_finite(done)
                     learning = None if done == phase.stop else learner.state()
                     saver.save(done, {"done": done, "model": model.state_dict(), "best": best,
                                       "learning": learning, "history": history,
-                                      "machine": machine(device)}, phase)
-                if run.stopping:
+                                      "machine": machine(device, processes)}, phase)
+                if asked:
                     saver.wait()
-                run.leave_if_asked()
+                    run.leave_if_asked()
     return data
 
 
@@ -219,15 +243,41 @@ def plan(run, total, settings):
                               error.exit_code) from None
 
 
-def machine(device):
+def begin(run, model):
+    """From here on the leader's run changes files."""
+    run.unit_bytes = bytes_to_come(model, run) / (run.total - run.done)
+    if run.done:   # in PROGRESS.txt: history.json is the same however often it was killed
+        before = run.progress.fields.get("Restarts")
+        run.update(run.done, Restarts=f"{before}, {run.done}" if before else run.done)
+    run.begin()
+
+
+ASK_EVERY = 16          # steps on a GPU, where asking waits for the device
+
+
+def agreed(run, processes, device, done):
+    """The signal at which all processes leave, all after this step; None if none has one."""
+    if processes.alone or device.type == "cuda" and done % ASK_EVERY:
+        return run.stopping if processes.alone else None
+    asked = processes.stop(run.stopping)
+    if asked and not run.stopping:      # it came to another one
+        if processes.leads:
+            signal.raise_signal(asked)
+        else:
+            run.stopping = asked
+    return asked
+
+
+def machine(device, processes):
     """What decides the last bits of a result, beside the settings."""
     kind = torch.cuda.get_device_name() if device.type == "cuda" else f"{device.type}"
-    return {"torch": str(torch.__version__), "device": kind, "threads": torch.get_num_threads()}
+    return {"torch": str(torch.__version__), "device": kind, "threads": torch.get_num_threads(),
+            "processes": processes.count}
 
 
 def warn_of_another_machine(run, before, now):
     for key, value in now.items():
-        if before[key] != value and (key != "threads" or now["device"] == "cpu"):
+        if before.get(key, 1) != value and (key != "threads" or now["device"] == "cpu"):
             run.log(f"{key} was {before[key]}, is {value}: the result will be as good, but not the "
                     "same to the last bit")
 
@@ -289,40 +339,56 @@ def phases_of(settings, preset, model, training_videos):
 LIT = 0.02              # a pixel brighter than this is foreground
 
 
-def reconstruction_loss(painted, video):
+def reconstruction_loss(painted, video, whole=None):
     """The share of the video's energy that is lost, and L1 with foreground and background weighed
-    equally; both videos (B, T, C, H, W)."""
+    equally; both videos (B, T, C, H, W).
+
+    whole: what `divisors` gives, of a batch of which this is one process's share."""
+    energy, bright, dark = whole or divisors(video)
     error, lit = painted.float() - video, (video > LIT).float()
     l1 = error.abs()
-    fair = ((l1 * lit).sum() / lit.sum().clamp(min=1)
-            + (l1 * (1 - lit)).sum() / (1 - lit).sum().clamp(min=1))
-    return error.square().mean() / video.square().mean().clamp(min=1e-4) + fair
+    fair = (l1 * lit).sum() / bright + (l1 * (1 - lit)).sum() / dark
+    return error.square().mean() / energy + fair
+
+
+def divisors(video):
+    """Mean square, number of lit values, number of dark ones; none is 0."""
+    lit = (video > LIT).float()
+    return (video.square().mean().clamp(min=1e-4), lit.sum().clamp(min=1),
+            (1 - lit).sum().clamp(min=1))
 
 
 FILL = 0.25             # weight of the places beside the class
 
 
-def masked_loss(transformer, codes, labels, hidden, label_hidden, pick):
-    """Cross entropy of the hidden numbers and of the hidden classes.
-
-    Sampling goes frame by frame, so the first hidden frame matters most; the later ones teach where
-    it leads, and weigh less with the square of how far ahead they lie. pick: compute only what
-    counts, which on a CPU saves half; on a GPU changing shapes would cost more than that.
-    """
-    state, states = transformer(codes, hidden, labels, label_hidden)
+def weights(hidden):
+    """(B, T, n): sampling goes frame by frame, so the first hidden frame matters most; the later
+    ones teach where it leads, and weigh less with the square of how far ahead they lie."""
     frames = torch.arange(hidden.shape[1], device=hidden.device)
     ahead = (frames - magvit.first_hidden_frame(hidden)[:, None]).clamp(min=0)
-    weight = (hidden / (1 + ahead[:, :, None]).square()).flatten()
+    return hidden / (1 + ahead[:, :, None]).square()
+
+
+def masked_loss(transformer, codes, labels, hidden, label_hidden, pick, whole=None):
+    """Cross entropy of the hidden numbers and of the hidden classes.
+
+    pick: compute only what counts, which on a CPU saves half; on a GPU changing shapes would cost
+    more than that. whole: the sums of the weights and of the hidden classes, of a batch of which
+    this is one process's share.
+    """
+    state, states = transformer(codes, hidden, labels, label_hidden)
+    weight = weights(hidden).flatten()
     states, answers = states.flatten(0, 1), codes.flatten(0, 2)
     if pick:
         counts = weight.nonzero()[:, 0]
         states, answers, weight = states[counts], answers[counts], weight[counts]
     logits = transformer.logits(states, answers)
     loss = F.cross_entropy(logits.flatten(0, 1), answers.flatten(), reduction="none")
-    fill = (loss.view(answers.shape).sum(1) * weight).sum() / weight.sum()
+    weighed, named = whole or (weight.sum(), label_hidden.sum().clamp(min=1))
+    fill = (loss.view(answers.shape).sum(1) * weight).sum() / weighed
     guess = transformer.to_class(state).float()
     name = F.cross_entropy(guess, labels, reduction="none") * label_hidden
-    return FILL * fill + name.sum() / label_hidden.sum().clamp(min=1)
+    return FILL * fill + name.sum() / named
 
 
 def draw_masks(key, step, batch, frames, places):
@@ -350,16 +416,21 @@ def draw_masks(key, step, batch, frames, places):
 # --------------------------------------------------------------------------------------------------
 # One step
 
+TURNS = 8               # ways to mirror and turn a video
+
+
 class Learner:
     """A network that learns, its average, and the optimiser between them, for one phase.
 
     All that `step` reads and writes are tensors on the device, the step's own number among them. So
-    it runs as it is on a CPU, and as one CUDA graph on a GPU. For several processes, each takes its
-    part of every batch in `batch` and the gradients are averaged before they are clipped.
+    it runs as it is on a CPU, and as one CUDA graph on a GPU. Of several processes each takes its
+    share of every batch; losses are divided by sums over the whole batch, and the gradients
+    averaged, so that all take the very step that one alone would take.
     """
 
-    def __init__(self, phase, model, videos, labels, parts, seed):
+    def __init__(self, phase, model, videos, labels, parts, seed, processes):
         self.phase, self.model, self.videos, self.labels = phase, model, videos, labels
+        self.processes, self.share = processes, slice(*processes.share(phase.batch))
         self.training, self.validation = parts[magvit.TRAIN], parts[magvit.VALIDATION]
         self.seed, self.device = seed, model.device
         self.masks = magvit.key(seed, "masks")
@@ -369,7 +440,9 @@ class Learner:
         self.averages = list(self.average.parameters())
         self.at = torch.zeros(1, dtype=torch.long, device=self.device)   # steps of this phase
         self.loss_sum = torch.zeros((), device=self.device)              # since the last look
-        size = (phase.epoch_steps, phase.batch)
+        turns = [k for k in range(TURNS) for _ in range(k, phase.batch, TURNS)][self.share]
+        self.turned = [turns.count(k) for k in range(TURNS)]   # videos of the share, by their turn
+        size = (phase.epoch_steps, len(turns))
         self.order = torch.zeros(size, dtype=torch.long, device=self.device)
         self.schedule = schedule(phase).to(self.device)
         self.rate = torch.zeros((), device=self.device)
@@ -387,8 +460,11 @@ class Learner:
     def step(self):
         """One optimiser step. Never waits for the device."""
         self.optimizer.zero_grad()
-        loss = self.batch_loss()
+        loss = self.batch_loss(self.whole())
         loss.backward()
+        loss = loss.detach()
+        if not self.processes.alone:
+            self.processes.average([loss, *[p.grad for p in self.parameters]])
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
         rate, share = self.schedule.index_select(0, self.at)[0].unbind()
         self.rate.copy_(rate)
@@ -397,44 +473,64 @@ class Learner:
             change = torch._foreach_sub(self.parameters, self.averages)
             torch._foreach_mul_(change, share)
             torch._foreach_add_(self.averages, change)
-            self.loss_sum += loss.detach() + 0 * norm   # not finite if either is not
+            self.loss_sum += loss + 0 * norm   # not finite if either is not
             self.at += 1
 
-    def _batch_loss(self):
-        return self.loss(self.network, *self.batch(), self.masks, self.at[0])
+    def _batch_loss(self, whole):
+        return self.loss(self.network, *self.batch(), self.masks, self.at[0], self.share, whole)
 
     def batch(self):
-        """Videos uint8 (B, T, C, H, W) and labels (B,) of this step: an eighth of them each
-        mirrored and turned in another way, which keeps their class."""
+        """This process's videos uint8 (B, T, C, H, W) and labels (B,) of this step: an eighth of
+        the batch each mirrored and turned in another way, which keeps their class."""
         index = self.order.index_select(0, self.at % self.phase.epoch_steps)[0]
-        square = self.videos.shape[-1] == self.videos.shape[-2]
-        videos, labels = [], []
-        for k in range(8):
-            chosen = self.videos[index[k::8]]
+        videos, square = self.videos[index], self.videos.shape[-1] == self.videos.shape[-2]
+        turned = []
+        for k, chosen in enumerate(videos.split(self.turned)):
             chosen = chosen.flip(-1) if k & 1 else chosen
             chosen = chosen.flip(-2) if k & 2 else chosen
-            videos.append(chosen.transpose(-1, -2) if k & 4 and square else chosen)
-            labels.append(self.labels[index[k::8]])
-        return torch.cat(videos), torch.cat(labels)
+            turned.append(chosen.transpose(-1, -2) if k & 4 and square else chosen)
+        return torch.cat(turned), self.labels[index]
 
-    def loss(self, network, videos, labels, key, number):
+    def whole(self):
+        """What the losses of this process's share are to be divided by; None if it has it all."""
+        if self.processes.alone:
+            return None
+        count, size = self.processes.count, self.phase.batch
+        with torch.no_grad():
+            if self.phase.name == "tokenizer":
+                video = self.batch()[0].float() / 255
+                sums = self.processes.total(torch.stack([
+                    video.square().mean() * len(video), (video > LIT).sum(), (video <= LIT).sum()]))
+                energy, bright, dark = sums
+                return ((energy / size).clamp(min=1e-4) * size / len(video) / count,
+                        bright.clamp(min=1) / count, dark.clamp(min=1) / count)
+            hidden, label_hidden = draw_masks(self.masks, self.at[0], size, self.model.shape[0],
+                                              self.model.places)
+            return weights(hidden).sum() / count, label_hidden.sum().clamp(min=1) / count
+
+    def loss(self, network, videos, labels, key, number, share=slice(None), whole=None):
         """Of this phase's network; `key` and `number` decide the masks."""
         with magvit.precision(self.device):
             if self.phase.name == "tokenizer":
                 video = videos.float() / 255
-                return reconstruction_loss(network(video), video)
+                return reconstruction_loss(network(video), video, whole)
             with torch.no_grad():
                 codes = self.model.encode(videos)
-            hidden, label_hidden = draw_masks(key, number, *codes.shape[:3])
-            return masked_loss(network, codes, labels, hidden, label_hidden,
-                               pick=self.device.type == "cpu")
+            count = len(videos) if share == slice(None) else self.phase.batch
+            hidden, label_hidden = draw_masks(key, number, count, *codes.shape[1:3])
+            return masked_loss(network, codes, labels, hidden[share], label_hidden[share],
+                               pick=self.device.type == "cpu", whole=whole)
 
     def shuffle(self, epoch):
-        """The order of an epoch: of the training videos, by a hash of seed, phase and epoch."""
+        """The order of an epoch: of the training videos, by a hash of seed, phase and epoch. Those
+        of a batch that are turned alike stand together."""
         key = magvit.key(self.seed, "order", self.phase.name)
         number = torch.tensor(epoch, device=self.device)
         order = magvit.hashes(key, number, len(self.training)).argsort(stable=True)
-        self.order.copy_(self.training[order[:self.order.numel()]].view_as(self.order))
+        steps, size = self.phase.epoch_steps, self.phase.batch
+        batches = self.training[order[:steps * size]].view(steps, size)
+        alike = torch.cat([batches[:, k::TURNS] for k in range(TURNS)], 1)
+        self.order.copy_(alike[:, self.share])
 
     def validation_loss(self):
         """Of the average, on at most 1,000 validation videos, with the same masks every time."""

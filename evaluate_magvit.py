@@ -91,7 +91,7 @@ class Bench:
 
     def __init__(self, model, data, part, seed):
         self.model, self.seed, self.device = model, seed, model.device
-        self.videos = torch.from_numpy(data.videos).to(self.device)
+        self.videos = magvit.Videos(data.videos, self.device)
         self.labels = torch.from_numpy(data.labels).to(self.device)
         self.training = torch.from_numpy(np.flatnonzero(part == magvit.TRAIN)).to(self.device)
         self.many, self.few = (self.chosen(data.labels, part, most) for most in (MANY, FEW))

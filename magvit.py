@@ -9,10 +9,14 @@ later frames are hidden). Nothing but the integers passes from the encoder to th
 Shapes: B videos, T frames, C channels, H x W pixels; a place is 32 x 32 pixels of one frame, n of
 them a frame; a place holds NUMBERS integers from 0 to LEVELS - 1. Codes: int64 (B, T, n, NUMBERS).
 """
+import contextlib
 import hashlib
 import io
 import math
 import os
+import re
+import resource
+import tempfile
 import zipfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -590,78 +594,194 @@ def load_data(path):
 
 
 def read(path):
-    """(videos uint8 (N, T, C, H, W), labels or None, whether they are our trajectories)."""
+    """(videos uint8 (N, T, C, H, W), labels or None, whether they are our trajectories).
+
+    A set that does not fit into the memory is unpacked, once a process, into a file that has no
+    name and is gone with the process; its videos are then a map of that file.
+    """
     path = Path(path)
     if path.is_dir():
-        videos, labels, known = read_run_directory(path)
+        files = pieces_of(path)
     elif path.is_file():
-        videos, labels, known = read_npz(path)
+        files, problem = [path], checkpointing.problem_with(path)
+        if problem:
+            raise CheckpointError(f"{path}: not a whole .npz ({problem}); make it again with "
+                                  "merge.py")
     else:
         raise CheckpointError(f"{path}: no such data; run generate.py and merge.py first, or name "
                               "other data", checkpointing.WRONG_SETTINGS)
-    return checked(videos, path), labels, known
+    kinds, labels, known = zip(*map(described, files))
+    lengths, shapes = [kind[0][0] for kind in kinds], {(*kind[0][1:], kind[1]) for kind in kinds}
+    if len(shapes) > 1:
+        raise CheckpointError(f"{path}: its pieces hold videos of different shapes")
+    shape = (sum(lengths), *kinds[0][0][1:])
+    check_kind(path, shape, kinds[0][1])
+    videos = gathered(blocks_of(files, path), shape, path)
+    return videos, None if labels[0] is None else np.concatenate(labels), all(known)
 
 
-def checked(videos, path):
-    """uint8 videos in C order, or a CheckpointError that says what is wrong."""
-    if videos.ndim != 5 or 0 in videos.shape:
-        raise CheckpointError(f"{path}: videos must be (N, T, C, H, W); they are {videos.shape}")
-    _, frames, _, height, width = videos.shape
+@contextlib.contextmanager
+def opened(path):
+    """An .npz that hides no code; CheckpointError in words if it cannot be read."""
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            yield archive
+    except (ValueError, OSError, EOFError, KeyError, zipfile.BadZipFile) as error:
+        raise CheckpointError(f"{path}: cannot be read ({short(error)})") from None
+
+
+def described(path):
+    """((shape, dtype) of the videos, labels or None, whether they are ours); reads no video."""
+    with opened(path) as archive:
+        if "videos" not in archive:
+            raise CheckpointError(f"{path}: has no videos; it has {', '.join(archive)}")
+        with archive.zip.open("videos.npy") as stream:
+            shape, _, dtype = header_of(stream)
+        labels = np.atleast_1d(archive["labels"]) if "labels" in archive else None
+        return (shape or (0,), dtype), labels, "trajectory_2d" in archive
+
+
+def header_of(stream):
+    """(shape, Fortran order, dtype) of the .npy that begins here."""
+    version = np.lib.format.read_magic(stream)
+    reader = (np.lib.format.read_array_header_1_0 if version == (1, 0) else
+              np.lib.format.read_array_header_2_0)
+    return reader(stream)
+
+
+def check_kind(path, shape, dtype):
+    if len(shape) != 5 or 0 in shape:
+        raise CheckpointError(f"{path}: videos must be (N, T, C, H, W); they are {shape}")
+    _, frames, _, height, width = shape
     if frames < SMALLEST_LENGTH or min(height, width) < SMALLEST_SIDE:
         raise CheckpointError(f"{path}: videos must have at least {SMALLEST_LENGTH} frames of "
                               f"{SMALLEST_SIDE}x{SMALLEST_SIDE} pixels; these have {frames} of "
                               f"{height}x{width}", checkpointing.WRONG_SETTINGS)
-    if videos.dtype.kind == "f":
-        whole = np.empty(videos.shape, np.uint8)
-        for i, video in enumerate(videos):   # one at a time: a set is as large as the memory
-            if not np.isfinite(video).all():
-                raise CheckpointError(f"{path}: video {i} has NaN or Inf")
-            if video.min() < 0 or video.max() > 1:
-                raise CheckpointError(f"{path}: float videos must lie in [0, 1]; video {i} goes "
-                                      f"from {video.min():g} to {video.max():g}. Divide by 255, or "
-                                      "store them as uint8")
-            whole[i] = (video * 255).round()
-        return whole
-    if videos.dtype != np.uint8:
-        raise CheckpointError(f"{path}: videos must be uint8, or float in [0, 1]; they are "
-                              f"{videos.dtype}")
-    return np.ascontiguousarray(videos)
+    if dtype != np.uint8 and dtype.kind != "f":
+        raise CheckpointError(f"{path}: videos must be uint8, or float in [0, 1]; they are {dtype}")
 
 
-def read_npz(path):
-    """(videos, labels or None, whether they are our trajectories) of an .npz that hides no code."""
-    problem = checkpointing.problem_with(path)
-    if problem:
-        raise CheckpointError(f"{path}: not a whole .npz ({problem}); make it again with merge.py")
-    try:
-        with np.load(path, allow_pickle=False) as archive:
-            if "videos" not in archive:
-                raise CheckpointError(f"{path}: has no videos; it has {', '.join(archive)}")
-            labels = archive["labels"] if "labels" in archive else None
-            return archive["videos"], labels, "trajectory_2d" in archive
-    except (ValueError, OSError, zipfile.BadZipFile) as error:
-        raise CheckpointError(f"{path}: cannot be read ({short(error)})") from None
+BLOCK = 32 << 20        # bytes of videos in hand at a time
 
 
-def read_run_directory(path):
-    """What is complete of a run, also of one that still works, from sample 0 up to the first
-    gap."""
-    found = []
+def blocks_of(files, path):
+    """The videos of all files as uint8 (n, T, C, H, W), a few at a time; floats are checked."""
+    number = 0
+    for file in files:
+        with opened(file) as archive, archive.zip.open("videos.npy") as stream:
+            shape, fortran, dtype = header_of(stream)
+            each = math.prod(shape[1:]) * dtype.itemsize
+            step = shape[0] if fortran else max(1, BLOCK // each)
+            for first in range(0, shape[0], step):
+                count = min(step, shape[0] - first)
+                if fortran:     # its first video is all over the file
+                    block = np.ascontiguousarray(archive["videos"])
+                else:
+                    block = np.frombuffer(stream.read(count * each), dtype)
+                    block = block.reshape(count, *shape[1:])
+                yield block if dtype == np.uint8 else whole_numbers(block, path, number)
+                number += count
+
+
+def whole_numbers(videos, path, number):
+    """uint8 of floats in [0, 1]; `number` is that of the first video."""
+    found = np.empty(videos.shape, np.uint8)
+    for i, video in enumerate(videos):
+        if not np.isfinite(video).all():
+            raise CheckpointError(f"{path}: video {number + i} has NaN or Inf")
+        if video.min() < 0 or video.max() > 1:
+            raise CheckpointError(f"{path}: float videos must lie in [0, 1]; video {number + i} "
+                                  f"goes from {video.min():g} to {video.max():g}. Divide by 255, "
+                                  "or store them as uint8")
+        found[i] = (video * 255).round()
+    return found
+
+
+MEMORY_SHARE = 0.5      # of the free memory, or of that of a GPU, that the videos may take
+
+
+def gathered(blocks, shape, path):
+    """One array of all blocks, in memory or on the disk."""
+    size, free = math.prod(shape), free_memory()
+    if size <= free * MEMORY_SHARE:
+        videos, at = np.empty(shape, np.uint8), 0
+        for block in blocks:
+            videos[at:at + len(block)] = block
+            at += len(block)
+        return videos
+    near = path if path.is_dir() else path.absolute().parent
+    room = {place: checkpointing.free_bytes(place) for place in (near, tempfile.gettempdir())
+            if os.access(place, os.W_OK)}
+    place = max(room, key=room.get)
+    if room[place] < size:
+        raise CheckpointError(f"{path}: its {size:,} bytes of videos fit neither into the memory "
+                              f"({free:,} free) nor onto the disk ({room[place]:,} free in {place})"
+                              ". Make room, or set TMPDIR to a directory on a larger disk")
+    with tempfile.TemporaryFile(dir=place) as file:
+        for block in blocks:
+            file.write(block)       # not into the map, where a full disk would be a crash
+        file.flush()
+        return np.memmap(file, np.uint8, "r+", shape=shape)
+
+
+def free_memory():
+    """Bytes that this process may still take: of the machine, its container and its ulimit."""
+    sizes = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    with contextlib.suppress(OSError, ValueError):
+        text = Path("/proc/meminfo").read_text()
+        sizes.append(1024 * int(re.search(r"MemAvailable: +(\d+)", text)[1]))
+    with contextlib.suppress(OSError, ValueError):     # "max" where there is no limit
+        limit, used = (int(Path("/sys/fs/cgroup", name).read_text())
+                       for name in ("memory.max", "memory.current"))
+        sizes.append(limit - used)
+    limit = resource.getrlimit(resource.RLIMIT_DATA)[0]
+    return max(0, min(sizes if limit == resource.RLIM_INFINITY else [*sizes, limit]))
+
+
+class Videos:
+    """The videos of a set (N, T, C, H, W): on the device if they fit there, else on the host.
+
+    videos[index] is uint8 (B, T, C, H, W) on the device, for int64 numbers (B,) on any device.
+    """
+
+    def __init__(self, array, device):
+        self.array, self.device, self.shape = torch.from_numpy(array), device, array.shape
+        self.held = self.array.to(device) if self.fits() else None
+
+    def fits(self):
+        if self.device.type != "cuda":
+            return True     # its memory is the host's
+        return self.array.nbytes <= torch.cuda.mem_get_info(self.device)[0] * MEMORY_SHARE
+
+    def __len__(self):
+        return self.shape[0]
+
+    def __getitem__(self, index):
+        if self.held is not None:
+            return self.held[index]
+        chosen = self.array[index.cpu()]
+        if self.device.type == "cuda":
+            chosen = chosen.pin_memory()
+        return chosen.to(self.device, non_blocking=True)
+
+
+def pieces_of(path):
+    """Files of what is complete of a run, also of one that still works, from sample 0 up to the
+    first gap."""
+    found, files, at = [], [], 0
     for directory in [path, *sorted(path.glob("shard_*_of_*"))]:
         records = checkpointing.read_records(directory)
         found += [(start, file, records.get(file.name)) for start, file in
                   checkpointing.find_checkpoints(directory) if file.suffix == ".npz"]
-    videos, labels = [], []
     for start, file, record in sorted(found, key=lambda item: item[0]):
-        if start != sum(map(len, labels)) or checkpointing.problem_with(file, record):
+        if start != at or checkpointing.problem_with(file, record):
             break
-        part = read_npz(file)
-        videos.append(part[0])
-        labels.append(part[1])
-    if not videos:
+        at += described(file)[0][0][0]
+        files.append(file)
+    if not files:
         raise CheckpointError(f"{path}: no good checkpoint_*.npz that begins at sample 0; is it "
                               "the --out of generate.py?")
-    return np.concatenate(videos), np.concatenate(labels), True
+    return files
 
 
 def split(labels):
@@ -681,13 +801,17 @@ def checked_split(data):
     for k in np.unique(data.labels):
         if set(part[data.labels == k]) != {TRAIN, VALIDATION, TEST}:
             raise CheckpointError(f"class {k} is missing in one of train, validation and test")
-    whole, where = hashlib.sha256(data.labels.tobytes()), {}
+    whole = hashlib.sha256(data.labels.tobytes())
+    digests = np.empty((len(part), 2), np.uint64)
     for i, video in enumerate(data.videos):
-        digest = hashlib.blake2b(video, digest_size=16).digest()
+        digest = hashlib.blake2b(np.ascontiguousarray(video), digest_size=16).digest()
         whole.update(digest)
-        first = where.setdefault(digest, i)
-        if part[first] != part[i]:
-            raise CheckpointError(f"the parts overlap: video {i} ({PARTS[part[i]]}) is the same as "
-                                  f"video {first} ({PARTS[part[first]]}). Remove the duplicates; "
-                                  "otherwise the figures would flatter")
+        digests[i] = np.frombuffer(digest, np.uint64)
+    order = np.lexsort(digests.T)      # stable: of the same videos the first comes first
+    same = (digests[order[1:]] == digests[order[:-1]]).all(1)
+    pairs = [(b, a) for a, b in zip(order[:-1][same], order[1:][same]) if part[a] != part[b]]
+    for i, first in sorted(pairs)[:1]:
+        raise CheckpointError(f"the parts overlap: video {i} ({PARTS[part[i]]}) is the same as "
+                              f"video {first} ({PARTS[part[first]]}). Remove the duplicates; "
+                              "otherwise the figures would flatter")
     return part, whole.hexdigest()[:16]

@@ -161,7 +161,7 @@ def train(settings, run, processes):
     shape = data.videos.shape[1:]
     model = magvit.Magvit(magvit.Sizes(**preset.sizes), shape, data.classes)
     model.to(device).requires_grad_(False).eval()
-    videos = torch.from_numpy(data.videos).to(device)
+    videos = magvit.Videos(data.videos, device)
     labels = torch.from_numpy(data.labels).to(device)
     parts = [torch.from_numpy(np.flatnonzero(part == k)).to(device) for k in range(3)]
     phases = phases_of(settings, preset, model, len(parts[magvit.TRAIN]))
@@ -204,6 +204,7 @@ def train(settings, run, processes):
             advance = captured(learner, run) if device.type == "cuda" else learner.step
             pace.begin(phase, done)
             while done < phase.stop:
+                learner.feed(done - phase.start)
                 advance()
                 done += 1
                 epoch, since = divmod(done - phase.start, phase.epoch_steps)
@@ -444,6 +445,10 @@ class Learner:
         self.turned = [turns.count(k) for k in range(TURNS)]   # videos of the share, by their turn
         size = (phase.epoch_steps, len(turns))
         self.order = torch.zeros(size, dtype=torch.long, device=self.device)
+        self.fed = None         # this step's videos, where the device cannot hold all
+        if videos.held is None:
+            self.fed = torch.zeros((len(turns), *videos.shape[1:]), dtype=torch.uint8,
+                                   device=self.device)
         self.schedule = schedule(phase).to(self.device)
         self.rate = torch.zeros((), device=self.device)
         self.optimizer = torch.optim.AdamW(
@@ -456,6 +461,12 @@ class Learner:
         self.batch_loss = self._batch_loss
         if self.device.type == "cuda":
             self.batch_loss = torch.compile(self._batch_loss, fullgraph=True, dynamic=False)
+
+    def feed(self, step):
+        """What step number `step` of this phase reads of videos that the device cannot hold."""
+        if self.fed is not None:
+            index = self.order_here[step % self.phase.epoch_steps]
+            self.fed.copy_(self.videos[index], non_blocking=True)
 
     def step(self):
         """One optimiser step. Never waits for the device."""
@@ -483,7 +494,8 @@ class Learner:
         """This process's videos uint8 (B, T, C, H, W) and labels (B,) of this step: an eighth of
         the batch each mirrored and turned in another way, which keeps their class."""
         index = self.order.index_select(0, self.at % self.phase.epoch_steps)[0]
-        videos, square = self.videos[index], self.videos.shape[-1] == self.videos.shape[-2]
+        videos = self.videos[index] if self.fed is None else self.fed
+        square = videos.shape[-1] == videos.shape[-2]
         turned = []
         for k, chosen in enumerate(videos.split(self.turned)):
             chosen = chosen.flip(-1) if k & 1 else chosen
@@ -531,6 +543,8 @@ class Learner:
         batches = self.training[order[:steps * size]].view(steps, size)
         alike = torch.cat([batches[:, k::TURNS] for k in range(TURNS)], 1)
         self.order.copy_(alike[:, self.share])
+        if self.fed is not None:
+            self.order_here = self.order.cpu()
 
     def validation_loss(self):
         """Of the average, on at most 1,000 validation videos, with the same masks every time."""

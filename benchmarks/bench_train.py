@@ -56,7 +56,7 @@ def learners(asked, data):
     model = magvit.Magvit(magvit.Sizes(**preset.sizes), data.videos.shape[1:], data.classes)
     model.to(device).requires_grad_(False)
     parts = [torch.from_numpy(np.flatnonzero(part == k)).to(device) for k in range(3)]
-    videos = torch.from_numpy(data.videos).to(device)
+    videos = magvit.Videos(data.videos, device)
     labels = torch.from_numpy(data.labels).to(device)
     settings = train_magvit.Settings()
     for phase in train_magvit.phases_of(settings, preset, model, len(parts[0])):

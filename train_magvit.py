@@ -429,9 +429,10 @@ class Learner:
     averaged, so that all take the very step that one alone would take.
     """
 
-    def __init__(self, phase, model, videos, labels, parts, seed, processes):
+    def __init__(self, phase, model, videos, labels, parts, seed, processes=None):
         self.phase, self.model, self.videos, self.labels = phase, model, videos, labels
-        self.processes, self.share = processes, slice(*processes.share(phase.batch))
+        self.processes = processes or Processes()
+        self.share = slice(*self.processes.share(phase.batch))
         self.training, self.validation = parts[magvit.TRAIN], parts[magvit.VALIDATION]
         self.seed, self.device = seed, model.device
         self.masks = magvit.key(seed, "masks")
@@ -487,7 +488,7 @@ class Learner:
             self.loss_sum += loss + 0 * norm   # not finite if either is not
             self.at += 1
 
-    def _batch_loss(self, whole):
+    def _batch_loss(self, whole=None):
         return self.loss(self.network, *self.batch(), self.masks, self.at[0], self.share, whole)
 
     def batch(self):
@@ -520,7 +521,7 @@ class Learner:
                                               self.model.places)
             return weights(hidden).sum() / count, label_hidden.sum().clamp(min=1) / count
 
-    def loss(self, network, videos, labels, key, number, share=slice(None), whole=None):
+    def loss(self, network, videos, labels, key, number, share=None, whole=None):
         """Of this phase's network; `key` and `number` decide the masks."""
         with magvit.precision(self.device):
             if self.phase.name == "tokenizer":
@@ -528,9 +529,10 @@ class Learner:
                 return reconstruction_loss(network(video), video, whole)
             with torch.no_grad():
                 codes = self.model.encode(videos)
-            count = len(videos) if share == slice(None) else self.phase.batch
-            hidden, label_hidden = draw_masks(key, number, count, *codes.shape[1:3])
-            return masked_loss(network, codes, labels, hidden[share], label_hidden[share],
+            masks = draw_masks(key, number, self.phase.batch if share else len(videos),
+                               *codes.shape[1:3])
+            hidden, label_hidden = (mask[share] for mask in masks) if share else masks
+            return masked_loss(network, codes, labels, hidden, label_hidden,
                                pick=self.device.type == "cpu", whole=whole)
 
     def shuffle(self, epoch):
@@ -605,7 +607,8 @@ def captured(learner, run):
             learner.step()
     torch.cuda.current_stream().wait_stream(aside)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    # Not "global": with several processes NCCL's own thread asks for events all the while.
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
         learner.step()
     with torch.no_grad():
         torch._foreach_copy_(changed, kept)

@@ -2,8 +2,10 @@
 import json
 import os
 import random
+import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -157,6 +159,67 @@ def test_sigterm_to_one_worker_stops_all_with_143(rank, data, tmp_path):
     output = ended(group, code=1)
     assert output.count("stopped by SIGTERM") == 1 and "exitcode  : 143" in output, output
     assert read_progress(tmp_path / "PROGRESS.txt")["Status"] == "INTERRUPTED"
+
+
+# -- the README's lines
+
+LINES = re.search(r"```bash\n(torchrun .*?)```", (ROOT / "README.md").read_text(), re.S)[1]
+
+
+def lines(beginning):
+    """The README's line, for two short CPU processes."""
+    line = next(line for line in LINES.splitlines() if line.startswith(beginning))
+    return line.replace("=gpu", "=2").replace("train_magvit.py", "train_magvit.py $MORE")
+
+
+def shell(line, data, out, place, **stubs):
+    """Started where `torchrun` and the stubs are programs."""
+    place.mkdir(exist_ok=True)
+    programs = {"torchrun": f'exec {sys.executable} -m torch.distributed.run "$@"', **stubs}
+    for name, text in programs.items():
+        (place / name).write_text(f"#!/bin/bash\n{text}\n")
+        (place / name).chmod(0o755)
+    more = " ".join(map(str, ("--data", data, "--out", out, *SHORT)))
+    group = subprocess.Popen(
+        ["bash", "-c", line], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        text=True, start_new_session=True,
+        env={**os.environ, "MARK": (mark := uuid4().hex), "MORE": more,
+             "PATH": f"{place}:{os.environ['PATH']}"})
+    group.mark = mark
+    return group
+
+
+def test_the_line_for_two_machines(data, whole, tmp_path):
+    """Two agents, one process each, that meet at a port."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    line = lines("torchrun --nnodes=2").replace("FIRST:29500", f"localhost:{port}")
+    line = "OMP_NUM_THREADS=1 " + line.replace("--nproc_per_node=2", "--nproc_per_node=1")
+    machines = [shell(line, data, tmp_path / "run", tmp_path / "bin") for _ in range(2)]
+    output = [ended(machine) for machine in machines]
+    assert sum("complete: " in text for text in output) == 1
+    same_states(tmp_path / "run", whole)
+
+
+def test_the_line_for_slurm(data, whole, tmp_path):
+    """A stub of sbatch that ends the job's time once, and starts it again if it was requeued."""
+    sbatch = f"""
+for option; do case $option in --wrap=*) task=${{option#--wrap=}};; esac; done
+export SLURM_JOB_ID=7
+bash -c "$task" & job=$!
+until grep -qs '^Phase: transformer' {tmp_path}/run/PROGRESS.txt; do sleep 0.05; done
+kill -TERM $job; wait $job
+[ -e {tmp_path}/requeued.7 ] && exec bash -c "$task"
+"""
+    line = lines("sbatch")
+    assert "--requeue" in line and "--signal=B:TERM@" in line
+    group = shell(line, data, tmp_path / "run", tmp_path / "bin", sbatch=sbatch,
+                  scontrol=f"echo $1 >> {tmp_path}/requeued.$2")
+    ended(group)
+    assert (tmp_path / "requeued.7").read_text() == "requeue\n"
+    assert read_progress(tmp_path / "run/PROGRESS.txt")["Restarts"]
+    same_states(tmp_path / "run", whole)
 
 
 def test_a_run_goes_on_on_two_devices_and_back(data, whole, tmp_path):

@@ -15,6 +15,7 @@ from conftest import ROOT, kill, run, start, wait_for
 
 import checkpointing
 import generate
+import processes
 from checkpointing import CheckpointError, find_checkpoints, read_progress
 
 torch = pytest.importorskip("torch") if not os.environ.get("CI") else __import__("torch")
@@ -227,20 +228,35 @@ def test_a_disk_too_small_for_the_states_is_refused_before_the_work(toy, tmp_pat
 # -- one step, on a CPU as it is, on a GPU as a graph
 
 
-def learners(shape=(8, 1, 32, 32), videos=40, batch=8, **settings):
+def learners(shape=(8, 1, 32, 32), videos=40, batch=8, processes=None):
     torch.manual_seed(0)
     magvit.open_device("cpu")
     model = magvit.Magvit(magvit.Sizes(**SIZES), shape, magvit.CLASSES).requires_grad_(False)
     parts = [torch.arange(videos), torch.arange(8), torch.arange(8)]
     real = torch.randint(0, 255, (videos, *shape), dtype=torch.uint8)
     phases = tm.phases_of(tm.Settings(batch_size=batch), tm.PRESETS["tiny"], model, videos)
-    made = [tm.Learner(phase, model, real, torch.arange(videos) % 4, parts, 0) for phase in phases]
+    made = [tm.Learner(phase, model, magvit.Videos(real.numpy(), torch.device("cpu")),
+                       torch.arange(videos) % 4, parts, 0, processes) for phase in phases]
     for learner in made:
         learner.shuffle(0)
     return made
 
 
-def test_a_step_can_be_captured(monkeypatch):
+class SecondOfTwo(processes.Processes):
+    """What another process would add is left out."""
+
+    def __init__(self):
+        self.number, self.count, self.leads, self.alone = 1, 2, False, False
+
+    def total(self, tensor):
+        return tensor
+
+    def average(self, tensors):
+        pass
+
+
+@pytest.mark.parametrize("group", [None, SecondOfTwo()], ids=["alone", "one of two"])
+def test_a_step_can_be_captured(group, monkeypatch):
     """Nothing in it waits for the device, takes a shape from data, or adds in any order; and it is
     one graph for the compiler."""
     from torch.utils._python_dispatch import TorchDispatchMode
@@ -253,20 +269,23 @@ def test_a_step_can_be_captured(monkeypatch):
             return function(*arguments, **(more or {}))
 
     plain = tm.masked_loss
-    monkeypatch.setattr(tm, "masked_loss", lambda *arguments, pick: plain(*arguments, pick=False))
-    for learner in learners():
+    monkeypatch.setattr(tm, "masked_loss",
+                        lambda *arguments, pick, whole: plain(*arguments, False, whole))
+    for learner in learners(processes=group):
         with Forbid():
             learner.step()
-        loss = learner.batch_loss().item()
+        whole = learner.whole()
+        loss = learner.batch_loss(whole).item()
         compiled = torch.compile(learner._batch_loss, backend="aot_eager", fullgraph=True)
-        assert compiled().item() == pytest.approx(loss, rel=1e-5)
+        assert compiled(whole).item() == pytest.approx(loss, rel=1e-5)
 
 
 def test_what_counts_is_the_same_whether_it_is_picked_or_weighed(monkeypatch):
     """A CPU computes the hidden places alone, a GPU all of them with weights of zero."""
     learner, plain = learners()[1], tm.masked_loss
     picked = learner.batch_loss().item()
-    monkeypatch.setattr(tm, "masked_loss", lambda *arguments, pick: plain(*arguments, pick=False))
+    monkeypatch.setattr(tm, "masked_loss",
+                        lambda *arguments, pick, whole: plain(*arguments, pick=False))
     assert learner.batch_loss().item() == pytest.approx(picked, rel=1e-5)
 
 

@@ -7,10 +7,12 @@ share of every batch and follow. What they exchange goes over gloo from the host
 NCCL from a GPU's.
 """
 import contextlib
+import json
 import os
 import signal
 import socket
 import sys
+import time
 from datetime import timedelta
 
 from checkpointing import FAILED, WRONG_SETTINGS, CheckpointError
@@ -25,6 +27,8 @@ class Processes:
         self.number = int(os.environ.get("RANK", 0))
         self.count = int(os.environ.get("WORLD_SIZE", 1))
         self.leads, self.alone = self.number == 0, self.count == 1
+        self.started_by = None if self.alone else (     # the same at every restart by one torchrun
+            f"{os.environ.get('TORCHELASTIC_RUN_ID')} {os.getppid()}")
         self.asked = 0      # the signal that asked this follower to stop
 
     def join(self, device):
@@ -41,11 +45,40 @@ class Processes:
                                       f"helps: torchrun --nproc_per_node={there}", WRONG_SETTINGS)
             torch.cuda.set_device(mine)
         with reached():
-            distributed.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda"
-                                           else "gloo", timeout=PATIENCE)
+            store = next(distributed.rendezvous("env://", timeout=PATIENCE))[0]
+            distributed.init_process_group(
+                "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE,
+                store=distributed.PrefixStore(self._start(store), store),
+                rank=self.number, world_size=self.count)
         if not self.leads:   # all leave together, at a step that all agree on
             for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
                 signal.signal(number, self._ask)
+
+    def _start(self, store):
+        """A name for this start, the same in all processes, that no earlier start has had.
+
+        torchrun keeps one store over all restarts, and the addresses of the dead in it: whoever
+        reads them waits for ever (seen with torch 2.13, in three of four groups killed four times;
+        the count of restarts does not help, since on several machines it differs). So the leader
+        names the start, beside what it has read of the others; a follower believes it once it finds
+        there what it has just written itself. All of an earlier start are dead by then.
+        """
+        name, mine = os.urandom(8).hex(), os.urandom(8).hex()
+        others = [number for number in range(self.count) if number]
+        if not self.leads:
+            store.set(f"here {self.number}", mine)
+        while True:
+            if self.leads:
+                seen = [store.get(f"here {number}").decode() for number in others]
+                store.set("start", json.dumps([name, seen]))
+                if all(store.check([f"{name} {number}"]) for number in others):
+                    return name
+            else:
+                name, seen = json.loads(store.get("start"))
+                if mine in seen:
+                    store.set(f"{name} {self.number}", "")
+                    return name
+            time.sleep(0.02)
 
     def _ask(self, number, frame):
         self.asked = number

@@ -98,7 +98,7 @@ def main():
     processes = Processes()
     if settings.fresh and processes.leads:
         with checkpointing.one_line_errors():
-            set_aside(Path(settings.out))
+            set_aside(Path(settings.out), processes.started_by)
     run = checkpointing.Run(settings.out, suffix=".pt", title="MAGVIT training", unit="steps",
                             max_minutes=settings.max_minutes, heartbeat=settings.heartbeat
                             ) if processes.leads else Follower()
@@ -831,8 +831,14 @@ def videos_used_before(out):
         return None   # no run yet; a damaged run.json is refused by Run
 
 
-def set_aside(out):
-    """--fresh: rename the old directory, unless a process is working in it."""
+def set_aside(out, started_by=None):
+    """--fresh: rename the old directory, unless a process is working in it.
+
+    started_by: the torchrun that started this process; when it does so again, with the same
+    --fresh, what is there is its own work and stays."""
+    mark = out / ".fresh"
+    if started_by and mark.is_file() and mark.read_text() == started_by:
+        return
     if out.is_dir() and any(out.iterdir()):
         with checkpointing.DirectoryLock(out):
             number = 1
@@ -840,6 +846,9 @@ def set_aside(out):
                 number += 1
             out.rename(aside)
         checkpointing.tell(f"the old run is in {aside}")
+    if started_by:
+        out.mkdir(parents=True, exist_ok=True)
+        mark.write_text(started_by)
 
 
 if __name__ == "__main__":

@@ -209,7 +209,7 @@ def test_a_loss_that_is_not_finite_is_never_saved(toy, tmp_path, monkeypatch, ca
     settings = tm.Settings(data=str(toy), out=str(tmp_path), epochs=6, batch_size=16, device="cpu")
     with pytest.raises(SystemExit) as stop:
         with checkpointing.Run(tmp_path, suffix=".pt", max_minutes=1e-6) as work:
-            tm.train(settings, work)
+            tm.train(settings, work, processes.Processes())
     assert stop.value.code == 1
     error = capsys.readouterr().err
     for words in ("not finite", "phase tokenizer", "epoch 1", "learning rate", "ends here again"):

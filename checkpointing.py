@@ -1261,7 +1261,8 @@ class Progress:
             ("Advanced", int(wall - (now - self.moved))),
             ("Interval", f"{self.heartbeat:g} s"),
             ("Run", self.id), ("PID", os.getpid()), ("Host", socket.gethostname())]
-        return _one_line(self.title) + "\n" + "".join(f"{_one_line(k)}: {_one_line(v)}\n" for k, v in lines)
+        pairs = (f"{_one_line(key)}: {_one_line(value)}\n" for key, value in lines)
+        return _one_line(self.title) + "\n" + "".join(pairs)
 
     def says_complete(self):
         before = read_progress(self.path)

@@ -168,6 +168,7 @@ class Follower:
     """In place of a Run, in the processes that do not lead: nothing is said or saved there."""
 
     total = done = 0
+    begun = False
     stopping = None
     heard = False       # the leader is there to say what goes wrong
 

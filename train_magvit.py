@@ -217,6 +217,7 @@ def train(settings, run, processes):
                         best = {"epoch": epoch, "validation_loss": row["validation_loss"],
                                 "weights": copy.deepcopy(learner.average.state_dict())}
                     tell(run, phase, history, pace, done)
+                    saver.show_page()
                 if since == 0 and done < phase.stop:
                     learner.shuffle(epoch)
                 asked = agreed(run, processes, device, done)
@@ -744,6 +745,11 @@ class Saver:
         pending, self.pending = self.pending, None
         if pending:
             pending.result()
+
+    def show_page(self):
+        """The page need not wait for a checkpoint to show that the training is there."""
+        if self.run.begun:
+            self.thread.submit(report.refresh, self.out)
 
     def affordable(self):
         return not self.busy() and time.monotonic() - self.saved_at > self.cost / self.SHARE

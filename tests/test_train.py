@@ -16,6 +16,7 @@ from conftest import ROOT, kill, run, start, wait_for
 import checkpointing
 import generate
 import processes
+import report
 from checkpointing import CheckpointError, find_checkpoints, read_progress
 
 torch = pytest.importorskip("torch") if not os.environ.get("CI") else __import__("torch")
@@ -218,6 +219,20 @@ def test_a_loss_that_is_not_finite_is_never_saved(toy, tmp_path, monkeypatch, ca
     for _, path in find_checkpoints(tmp_path):
         state = torch.load(path, weights_only=True)
         assert state["done"] == 1 and all(v.isfinite().all() for v in state["model"].values())
+
+
+def test_the_page_shows_a_training_before_its_first_checkpoint(toy, tmp_path, monkeypatch):
+    there, plain = [], report.write_report
+
+    def write(top):
+        there.append(find_checkpoints(tmp_path))
+        plain(top)
+    monkeypatch.setattr(report, "write_report", write)
+    monkeypatch.setattr(report, "_next", 0)     # not only after 30 s
+    settings = tm.Settings(data=str(toy), out=str(tmp_path), epochs=2, batch_size=16, device="cpu")
+    with checkpointing.Run(tmp_path, suffix=".pt") as work:
+        tm.train(settings, work, processes.Processes())
+    assert there[0] == [] and "of 8 steps" in (tmp_path / "report.html").read_text()
 
 
 def test_a_disk_too_small_for_the_states_is_refused_before_the_work(toy, tmp_path, small_disk):

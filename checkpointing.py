@@ -88,8 +88,10 @@ class Run:
          given by plan() inside the block, while PROGRESS.txt already shows the run.
     finish() ends any of them early and complete. Errors of the user or the machine end the process
     with one line on stderr and the exit code of the docstring above. Leaving the block before the
-    end, by break or return, saves and ends with exit code 1: the step that breaks counts as done,
-    one that an exception leaves does not. sys.exit() saves nothing.
+    end ends with exit code 1. A `for` over steps() that break or return leaves saves first: the
+    step it was in counts as done. Nothing is saved of a step that an exception leaves, after
+    sys.exit(), and where something else holds the iterator too (a name, zip, islice), since then
+    nobody can tell these apart. Signals are heeded if the main thread begins the work.
     """
 
     def __init__(self, out, total=None, *, every=100, suffix=".bin", title="Job", unit="steps",
@@ -108,7 +110,8 @@ class Run:
         self._process = None        # the one that entered; a forked child of it has no say
         self.begun = False          # from begin() on, files change
         self._finishing = False     # finish() was called
-        self._open_step = None      # (number, write) of the step that the loop's body is in
+        self._left_step = None      # (number, write) of the step that break left
+        self._looked = False        # load() or pieces() has found out where the work stands
         self._run_json = None       # what run.json is to say, if it does not yet
         self._saved_at = time.monotonic()
 
@@ -122,10 +125,11 @@ class Run:
     def load(self, read, default=None):
         """read(open binary file) of the newest checkpoint that verifies, or `default`.
 
-        `read` must read all it needs: the file is closed behind it. If all is complete already,
-        steps() yields nothing: what the loop's body would have set is not set.
+        `read` must read all it needs (of np.load, every array): the file is closed behind it. If
+        all is complete already, steps() yields nothing: what the loop's body would have set is not.
         """
         self._must_be_ours()
+        self._looked = True
         good = self.store.good(newest_only=True, length=lambda path: 0)
         if not good:
             if len(self.store.records) > 1:   # one alone: a kill in the very first save
@@ -133,8 +137,9 @@ class Run:
                       "starts over")
             return default
         number, _, path = good[0]
-        if self.store.records.get(path.name, {}).get("complete"):
-            self.progress.total = number   # finish() has said so
+        complete = self.store.records.get(path.name, {}).get("complete")
+        if complete is True or complete == self.total:
+            self.progress.total = number   # finish() has said so, or the last step led beyond
         self._found(number, path)
         try:
             with open(path, "rb") as file:
@@ -146,11 +151,12 @@ class Run:
     def steps(self, write):
         """Numbers of the steps to do; write(open binary file) stores the state when it is due.
 
+        `write` is tried once after the first step, too: what cannot be stored shows at once.
         With a pool: zip(run.steps(write), pool.imap(f, items[run.done:])), in this order, and
         workers that ignore SIGINT: Pool(initializer=signal.signal, initargs=(SIGINT, SIG_IGN)).
         """
         self.begin()
-        if self._open_step:
+        if self._left_step:
             raise RuntimeError(f"step {self.done} was left by break: leave the Run's block, too")
         return self._steps(write)
 
@@ -183,6 +189,8 @@ class Run:
         if self.begun:
             return
         self._must_be_ours()
+        if not self._looked and find_checkpoints(self.out):
+            raise RuntimeError(f"{self.out} holds checkpoints: call load() (or pieces()) first")
         wanted, free = int((self.total - self.durable) * self.unit_bytes), free_bytes(self.out)
         if 0 <= free < wanted:
             raise CheckpointError(f"{self.out}: this run needs about {wanted:,} bytes more, "
@@ -192,13 +200,14 @@ class Run:
         self.store.forget_what_is_gone()
         _stop.watch(self)
         self.begun = True
-        self._saved_at = time.monotonic()
         self.progress.begin()
+        self._saved_at = time.monotonic()
 
     def update(self, done, **fields):
         """The work has moved: `done` units so far. No I/O, less than a microsecond: call it often.
 
-        fields become lines of their own in PROGRESS.txt: update(7, Epoch="3/10").
+        fields become lines of their own in PROGRESS.txt: update(7, Epoch="3/10"). ValueError if one
+        has the name of a line that is there already, such as PID.
         """
         progress, now = self.progress, time.monotonic()
         if now - progress.moved > progress.longest_wait:
@@ -206,6 +215,9 @@ class Run:
         progress.moved = now
         progress.done = done
         if fields:   # a new dict: the heartbeat may be reading the old one
+            if not fields.keys().isdisjoint(progress.OURS):
+                raise ValueError(f"{', '.join(progress.OURS)} have their own meaning: take another "
+                                 "name for this line")
             progress.fields = {**progress.fields, **fields}
 
     def due(self):
@@ -217,11 +229,16 @@ class Run:
         """Store the state after `number` units as checkpoint_<number>, then let go of the oldest.
 
         write: str, bytes or a function of an open binary file. Raises CheckpointError if it cannot
-        be stored; what was saved before is then untouched, and saving may be tried again.
+        be stored; what was saved before is then untouched, and saving may be tried again. So the
+        number must grow from save to save: count batches if you save within an epoch.
         """
         number = int(number)   # perhaps numpy's
         if self.store.newest == self.store.name(number):
-            return   # the loop has saved it already
+            if self.progress.moved <= self._saved_at:
+                return   # nothing has happened since
+            raise CheckpointError(f"{self.out}: save({number}) came again after more work, and a "
+                                  "checkpoint is never overwritten. What it holds is safe; count "
+                                  "something that grows from save to save, such as batches")
         self._save(number, number, number, write)
         self.store.retain(self.keep)
 
@@ -251,25 +268,25 @@ class Run:
         untried = not self.store.newest
         while self.done < self.total and not self._finishing:
             self.leave_if_asked()
-            self._open_step = (self.done + 1, write)
             try:
                 yield self.done
             except GeneratorExit:
-                if not left_by_break(sys._getframe(1)):
-                    self._open_step = None   # an exception: not done, its state half changed
+                with contextlib.suppress(ValueError):   # Python is ending: there is no frame
+                    if left_by_break(sys._getframe(1)):
+                        self._left_step = (self.done + 1, write)
                 raise
-            self._open_step = None
             self.update(self.done + 1)
-            if self.done % self.every == 0 or self.done >= self.total or self.due():
+            due = self.done % self.every == 0 or self.done >= self.total or self.due()
+            if due and self.durable < self.done:   # else the loop's body has saved it
                 self.save(self.done, write)
             elif untried:   # what cannot be stored shows at the first step, not in an hour
                 self.store.rehearse(write)
             untried = False
 
-    def _close_open_step(self):
+    def _save_left_step(self):
         """Save what a loop left by break has done; the step it stood in counts as done."""
-        if self._open_step:
-            (number, write), self._open_step = self._open_step, None
+        if self._left_step:
+            (number, write), self._left_step = self._left_step, None
             self.update(number)
             self.save(number, write)
 
@@ -291,6 +308,7 @@ class Run:
     def _uncovered(self, length):
         """[(start, stop)] of the gaps between the good checkpoints."""
         self._must_be_ours()
+        self._looked = True
         good = self.store.good(length=length)
         self.store.warn_of_what_is_gone({path.name for _, _, path in good})
         if any(self.store.records.get(path.name, {}).get("complete") for _, _, path in good):
@@ -310,10 +328,12 @@ class Run:
 
     def _save(self, start, stop, durable, content):
         self._must_be_ours()
-        self.store.add(start, stop, content, self.progress.elapsed(), complete=self._finishing)
+        beyond = durable > self.total   # a last step that led further than was asked
+        self.store.add(start, stop, content, self.progress.elapsed(),
+                       complete=self._finishing or beyond and self.total)
         self._saved_at = time.monotonic()
         self.progress.durable = durable
-        if self._finishing:
+        if self._finishing or beyond:
             self.progress.total = durable
         self.progress.show_checkpoint(self.store.newest)
 
@@ -350,6 +370,7 @@ class Run:
         if sys.is_finalizing():   # a generator held the run: Python can do no more, as in a kill
             self._lock.release()
             return
+        _stop.leaving.append(self)
         try:
             try:
                 if kind in (None, GeneratorExit) and self.begun:
@@ -363,7 +384,10 @@ class Run:
                 self.progress.end(status, line)
             else:
                 self.progress.take_back()
+            if status == "COMPLETE" and kind is None and _stop.number:
+                code = 128 + _stop.number   # it came while the last word was written
         finally:
+            _stop.leaving.remove(self)
             self._lock.release()
             self._lock = None
             _stop.unwatch(self)
@@ -373,7 +397,7 @@ class Run:
 
     def _end_early(self):
         """The block was left without an error: save what break cut short, and seal finish()."""
-        self._close_open_step()
+        self._save_left_step()
         if self._finishing and not self._complete():
             if self.done > self.durable:
                 raise CheckpointError(f"{self.out}: finish() came, but {self.done - self.durable} "
@@ -432,9 +456,14 @@ class Run:
     def _must_be_ours(self):
         if self._lock is None:
             raise RuntimeError("a Run works inside its block: with checkpointing.Run(...) as run:")
+        if self.total is None:
+            raise RuntimeError("the total is not known yet: give it to Run, or call plan()")
         if self._process not in (None, os.getpid()):
             raise CheckpointError(f"{self.out}: a forked child cannot save; only process "
                                   f"{self._process}, which entered the run, can")
+        if not self._lock.held():   # the job has closed our file, as daemons close all
+            self._lock.release()
+            self._lock = DirectoryLock(self.out)
         if not self._lock.is_of(self.out):
             raise CheckpointError(f"{self.out} was moved or replaced while this run worked in it. "
                                   "Nothing was saved in the new one; move the old one back")
@@ -442,9 +471,11 @@ class Run:
 
 def left_by_break(frame):
     """Does `frame` leave its loop by break or return? Both drop the loop's iterator by an
-    instruction of their own; an exception and an iterator's end do it elsewhere."""
-    name = opcode.opname[frame.f_code.co_code[frame.f_lasti]]
-    return name in ("POP_TOP", "POP_ITER")
+    instruction of their own; an exception and an iterator's end do it elsewhere, or (Python 3.14)
+    by one that follows END_FOR."""
+    code, at = frame.f_code.co_code, frame.f_lasti
+    before = opcode.opname[code[at - 2]] if at > 1 else ""
+    return opcode.opname[code[at]] in ("POP_TOP", "POP_ITER") and before != "END_FOR"
 
 
 class Piece:
@@ -491,8 +522,9 @@ def map(function, items, out, *, every=1000, **options):
 
     A checkpoint holds up to `every` results as lines {"item", "value"} of JSON, so values are what
     JSON gives back (a tuple becomes a list), also at the first run. At a restart the items must be
-    the same, as far as they are JSON; more may be added at the end. options: those of Run, but for
-    first. A function is known by its name (and a partial by its arguments, too).
+    the same, as far as JSON or their repr tells them; more may be added at the end. options: those
+    of Run, but for first and suffix. A function is known by its name, a partial by its arguments
+    too.
     An item that fails is named, what was done is saved, and its exception goes on.
     """
     items, lines = list(items), []
@@ -502,8 +534,8 @@ def map(function, items, out, *, every=1000, **options):
     plain = getattr(function, "func", function)   # of a functools.partial
     name = getattr(plain, "__qualname__", type(plain).__name__)
     if plain is not function:
-        name += f"{function.args}{function.keywords}"
-    with Run(out, len(items), every=every, suffix=".jsonl", unit=options.pop("unit", "items"),
+        name += _as_json([function.args, function.keywords])
+    with Run(out, len(items), every=every, suffix=MAPPED, unit=options.pop("unit", "items"),
              settings={"function": name, "items": len(items), **options.pop("settings", {})},
              may_grow=("items",), **options) as run:
         todo = run.pieces()
@@ -516,7 +548,7 @@ def map(function, items, out, *, every=1000, **options):
                     lines.append(f'{{"item": {texts[i]}, "value": {value}}}\n')
             except Exception:
                 piece.save("".join(lines), stop=piece.start + len(lines))
-                run.blame = f"item {i} ({_one_line(repr(items[i]))[:80]})"
+                run.blame = f"item {i} ({_one_line(items[i], repr)[:80]})"
                 raise
             piece.save("".join(lines))
         return _kept_values(run.store, texts)
@@ -525,8 +557,7 @@ def map(function, items, out, *, every=1000, **options):
 def _kept_values(store, texts):
     values = []
     for number, path in store.found():
-        for i, line in enumerate(path.read_bytes().splitlines(), number):
-            kept = json.loads(line)
+        for i, kept in enumerate(_kept_lines(path), number):
             was = json.dumps(kept["item"], sort_keys=True)
             if i >= len(texts) or was != texts[i]:
                 raise CheckpointError(f"{path}: item {i} was {was} when this "
@@ -537,11 +568,36 @@ def _kept_values(store, texts):
     return values
 
 
+MAPPED = ".jsonl"
+
+
+def _kept_lines(path):
+    lines = [json.loads(line) for line in path.read_bytes().splitlines()]
+    if not all(isinstance(line, dict) and line.keys() == {"item", "value"} for line in lines):
+        raise ValueError("not the results of map()")
+    return lines
+
+
 def _as_json(item):
+    """A text that tells an item from others and is the same at every start."""
     try:
-        return json.dumps(json.loads(json.dumps(item)), sort_keys=True)
+        return json.dumps(json.loads(json.dumps(item, default=_plain)), sort_keys=True)
     except (TypeError, ValueError, RecursionError):
-        return "null"
+        return json.dumps(_repr(item))
+
+
+def _plain(item):
+    """What is not JSON, as JSON: a path's name, numbers of NumPy, a set's members in order."""
+    if isinstance(item, os.PathLike):
+        return os.fsdecode(item)
+    if isinstance(item, (set, frozenset)):
+        return sorted(_as_json(member) for member in item)
+    return item.tolist() if hasattr(item, "tolist") else _repr(item)
+
+
+def _repr(item):
+    """Its repr, without the address that differs from start to start."""
+    return re.sub(r"\bat 0x[0-9a-fA-F]+", "", _one_line(item, repr))
 
 
 # ------------------------------------------------------------------------------------------------
@@ -560,7 +616,8 @@ class AtomicFile:
         # The lock tells a living writer's file from a dead one's (see sweep), also where PIDs are
         # reused. A sweeper may remove it between open and lock: then another one is made.
         while True:
-            name = f".{self.path.name[:200]}.{os.getpid()}-{os.urandom(4).hex()}.tmp"
+            short = os.fsdecode(os.fsencode(self.path.name)[:200])
+            name = f".{short}.{os.getpid()}-{os.urandom(4).hex()}.tmp"
             temp = str(self.path.parent / name)
             flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
             self.file, self.temp = open(os.open(temp, flags, 0o666), "w+b"), temp
@@ -641,7 +698,7 @@ def _bytes_wanted(file, content):
     if not callable(content):
         return f"{len(content.encode() if isinstance(content, str) else content):,}"
     with contextlib.suppress(Exception):   # a function's size: it got at least this far
-        return f"at least {file.tell():,}"
+        return f"more than {file.tell():,}"
     return "some"
 
 
@@ -845,9 +902,10 @@ def _unreadable(path, error):
 # The store: names, records, verification, setting aside, retention.
 # checkpoints.jsonl holds a line a checkpoint, durable before the checkpoint has its name:
 # {"name", "start", "stop", "bytes", "sha256", "elapsed", "seal"}; for a state, start = stop;
-# "complete" if finish() ended the work there.
+# "complete" is true if finish() ended the work there, or the total that its last step led beyond.
 
 RECORDS = "checkpoints.jsonl"
+RECORD = {"name", "start", "stop", "bytes", "sha256"}
 CHECKPOINT_NAME = re.compile(r"checkpoint_(\d+)((?:\.[A-Za-z0-9_-]+)+)(?<!\.tmp)(?<!\.corrupt)")
 
 
@@ -882,7 +940,8 @@ def read_records(directory):
     for line in lines:
         with contextlib.suppress(ValueError, TypeError, KeyError, AttributeError, RecursionError):
             record = json.loads(line)
-            if record.pop("seal") == _crc(record):
+            whole = record.pop("seal") == _crc(record) and record.keys() >= RECORD
+            if whole:
                 records.pop(record["name"], None)
                 records[record["name"]] = record
     return records
@@ -900,9 +959,9 @@ class Store:
     """The checkpoints of one directory."""
 
     def __init__(self, out, suffix):
-        if not CHECKPOINT_NAME.fullmatch(f"checkpoint_0{suffix}"):
-            raise ValueError(f"suffix {suffix!r} is none: it must be like .json or .tar.gz, and "
-                             "not end in .tmp or .corrupt")
+        if not CHECKPOINT_NAME.fullmatch(f"checkpoint_0{suffix}") or len(suffix) > 100:
+            raise ValueError(f"suffix {suffix!r} is none: it must be short, like .json or .tar.gz, "
+                             "and not end in .tmp or .corrupt")
         self.out, self.suffix = out, suffix
         self.records, self.newest = {}, None   # {name: record}; the name of the newest checkpoint
 
@@ -960,9 +1019,12 @@ class Store:
         todo = "bring back a good copy"
         if not any(path.name in self.records for path, _ in bad):
             todo += f" of {RECORDS}"
+            program = f"python {os.path.relpath(__file__)} accept"
             if states:
-                program = os.path.relpath(__file__)
-                todo += f", or go on from the newest as it is: python {program} accept {bad[0][0]}"
+                todo += f", or go on from the newest as it is: {program} {bad[0][0]}"
+            elif self.suffix == MAPPED:
+                todo += f", or, if this is of map(), take all as they are: {program} {self.out}/*"
+                todo += MAPPED
         raise CheckpointError(f"{self.out}: no checkpoint is good ({names}). Nothing was changed; "
                               f"{todo}; or start over: mv {self.out} {self.out}.old")
 
@@ -990,12 +1052,13 @@ class Store:
         """Store a checkpoint: its record is durable before it has its name."""
         path = self.out / self.name(start)
         if os.path.lexists(path):
-            raise CheckpointError(f"{path} exists already; a checkpoint is never overwritten")
+            raise CheckpointError(f"{path} exists already, and a checkpoint is never overwritten. "
+                                  "If it is not this run's, move it away")
 
         def record(temp):
             known = {"name": path.name, "start": start, "stop": stop, "elapsed": round(elapsed, 1),
                      "bytes": os.path.getsize(temp), "sha256": sha256(temp)}
-            self._append(dict(known, complete=True) if complete else known)
+            self._append(dict(known, complete=complete) if complete else known)
         try:
             write_atomic(path, content, before_commit=record)
         except CheckpointError:   # the directory's fsync, after the rename: it may be tried again
@@ -1340,9 +1403,9 @@ def read_progress(path):
     return seen
 
 
-def _one_line(value):
+def _one_line(value, words=str):
     try:
-        return "".join(c if c.isprintable() else " " for c in str(value)[:1000])
+        return "".join(c if c.isprintable() else " " for c in words(value)[:1000])
     except Exception:   # a job's own object; the heartbeat goes on
         return "?"
 
@@ -1383,7 +1446,7 @@ class DirectoryLock:
             flags = os.O_RDWR | os.O_CREAT | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOFOLLOW
             self.file = os.open(path, flags, 0o666)
         except OSError as error:
-            raise CheckpointError(f"{directory}: cannot write here ({error.strerror}). Nothing was "
+            raise CheckpointError(f"{path}: cannot write here ({error.strerror}). Nothing was "
                                   "changed; mend that or use another directory") from error
         try:
             fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -1397,7 +1460,7 @@ class DirectoryLock:
             raise CheckpointError(f"{path}: this file system cannot lock ({error.strerror}); use a "
                                   "local one") from error
         self.living.add(self)
-        self.place = os.stat(directory)
+        self.place, self.itself = os.stat(directory), os.fstat(self.file)
         text = f"PID {os.getpid()} on host {socket.gethostname()} since {_utc(time.time())}\n"
         with contextlib.suppress(OSError):   # a full disk: the lock holds all the same
             os.ftruncate(self.file, 0)
@@ -1415,6 +1478,13 @@ class DirectoryLock:
             time.sleep(0.05)
         return "a process that is just starting"
 
+    def held(self):
+        """Is our descriptor still that of the lock's file? A job may have closed it."""
+        try:
+            return os.path.samestat(os.fstat(self.file), self.itself)
+        except OSError:
+            return False
+
     def is_of(self, directory):
         """Is what has this name still the directory that was locked?"""
         try:
@@ -1427,6 +1497,8 @@ class DirectoryLock:
     def release(self):
         if self in self.living:
             self.living.discard(self)
+            if not self.held():
+                return
             for step in (lambda: os.ftruncate(self.file, 0), lambda: os.close(self.file)):
                 with contextlib.suppress(OSError):
                     step()
@@ -1440,8 +1512,9 @@ class DirectoryLock:
     @classmethod
     def close_in_child(cls):
         for lock in cls.living:
-            with contextlib.suppress(OSError):
-                os.close(lock.file)
+            if lock.held():
+                with contextlib.suppress(OSError):
+                    os.close(lock.file)
         cls.living.clear()
 
 
@@ -1465,6 +1538,7 @@ class _Stop:
 
     def __init__(self):
         self.runs, self.before = [], {}  # that are at work; the handlers that were there before
+        self.leaving = []                # those that say their last word
         self.mask = threading.local()    # what was blocked before a fork, by thread
         self.number = self.last = None   # the signal that asks; the one to name in the last word
         self.at = 0.0
@@ -1495,10 +1569,13 @@ class _Stop:
 
     def _ask(self, number, frame):
         now = time.monotonic()
-        if all(run._complete() for run in self.runs):   # nothing is left to be saved
+        complete = all(run._complete() for run in self.runs)
+        if complete and not self.leaving:   # nothing is left to be saved or said
             raise SystemExit(128 + number)
         if self.number is None:
             self.number, self.last, self.at = number, number, now
+            if complete:
+                return
             hint = ". Ctrl-C again ends at once, with what was saved before"
             _stderr.say(f"{signal.Signals(number).name}: the work is being saved"
                         f"{hint if number == signal.SIGINT else ''}\n", wait=False)
@@ -1518,7 +1595,7 @@ class _Stop:
 
     def in_child(self):
         self._put_back()
-        self.number, self.runs = None, []
+        self.number, self.runs, self.leaving = None, [], []
         self.after_fork()
 
 
@@ -1613,8 +1690,9 @@ def one_line_errors():
 def tell(line):
     """A line of a command's own output. A reader that has left (| head -1) is no error; a full
     disk is."""
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
     try:
-        print(line, flush=True)
+        print(line.encode(encoding, "backslashreplace").decode(encoding), flush=True)
     except OSError as error:
         with contextlib.suppress(OSError, ValueError):   # or Python would fail again at its end
             null = os.open(os.devnull, os.O_WRONLY)
@@ -1638,7 +1716,8 @@ def _directories(roots):
         raise _unreadable(error.filename, error)
     for root in roots:
         if not os.path.isdir(root):
-            raise CheckpointError(f"{root}: no such directory", WRONG_SETTINGS)
+            what = "a file, not a directory" if os.path.exists(root) else "no such directory"
+            raise CheckpointError(f"{root}: {what}", WRONG_SETTINGS)
         for directory, below, names in os.walk(root, onerror=stop):
             below[:] = sorted(name for name in below if not name.startswith("."))
             yield Path(directory), sorted(names)
@@ -1680,7 +1759,7 @@ def verify(roots):
             if problem is not None:
                 good, bad = good + (not problem), bad + bool(problem)
                 if problem:
-                    tell(f"BAD {directory / name}: {problem}")
+                    tell(f"BAD {_one_line(directory / name)}: {problem}")
         if read_progress(directory / "PROGRESS.txt").get("Status") == "COMPLETE":
             for record in records.values():   # of pieces, none may be missing
                 if record["start"] < record["stop"] and record["name"] not in names:
@@ -1719,13 +1798,20 @@ def accept(files):
             raise CheckpointError(f"{path}: no such checkpoint", WRONG_SETTINGS)
         with DirectoryLock(path.parent):
             store, number = Store(path.parent, match[2]), int(match[1])
-            if store.found()[0][0] == 0:
-                raise CheckpointError(f"{path.parent} holds pieces, which say nothing of their "
-                                      "length: bring back their records, or move the files away to "
-                                      "do their work again", WRONG_SETTINGS)
+            said = read_progress(path.parent / "PROGRESS.txt").get("Checkpoint", "")
+            newest = re.fullmatch(r"(\d+) \(checkpoint_(\d+)\..*\)", said)   # units, their number
+            pieces = int(newest[1]) != int(newest[2]) if newest else store.found()[0][0] == 0
+            stop = number
+            if pieces:
+                try:
+                    stop += len(_kept_lines(path))
+                except ValueError:
+                    raise CheckpointError(f"{path.parent} holds pieces, which say nothing of their "
+                                          "length: bring back their records, or move the files away"
+                                          " to do their work again", WRONG_SETTINGS) from None
             if path.name in read_records(path.parent):
                 raise CheckpointError(f"{path} has its record; nothing was changed", WRONG_SETTINGS)
-            store._append({"name": path.name, "start": number, "stop": number, "elapsed": 0,
+            store._append({"name": path.name, "start": number, "stop": stop, "elapsed": 0,
                            "bytes": path.stat().st_size, "sha256": sha256(path)})
         tell(f"{path}: recorded as it is; run the job's command again to go on from it")
     return 0

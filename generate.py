@@ -91,6 +91,8 @@ def main():
 def problem_with(settings):
     """What is wrong with the settings, in words for the command line, or None."""
     s = settings
+    if not s.out:
+        return "--out is empty; name a directory"
     for name, low, high in (("n", 4, 10**12), ("every", 1, 10**12), ("seed", 0, 2**64 - 1), ("frames", 4, 256),
                             ("size", 16, 512), ("heartbeat", 0.01, 86400), ("max_minutes", 1e-6, 1e6)):
         if not low <= getattr(s, name) <= high:

@@ -33,8 +33,9 @@ def main():
     parser.add_argument("--out", default="results/dataset.npz", help="the data set (default results/dataset.npz)")
     parser.add_argument("--partial", action="store_true", help="join what is there and list what is missing")
     arguments = parser.parse_args()
+    out = Path(os.path.realpath(arguments.out) if os.path.islink(arguments.out) else arguments.out)
     with checkpointing.one_line_errors():
-        merge(arguments.runs, Path(arguments.out), arguments.partial)
+        merge(arguments.runs, out, arguments.partial)
 
 
 def merge(runs, out, partial):
@@ -43,7 +44,10 @@ def merge(runs, out, partial):
     parts, bad = readable_parts(directories, per_sample)
     missing = check_cover(parts, bad, n, partial)
     total = sum(part["stop"] - part["start"] for part in parts)
-    check_may_replace(out, total, made_by)
+    ranges = joined_ranges(parts)
+    if ranges != [[0, total]]:
+        made_by = json.dumps({**json.loads(made_by), "samples": ranges}, sort_keys=True)
+    check_may_replace(out, ranges, made_by)
 
     counts = np.zeros(len(CLASSES), np.int64)
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -170,8 +174,19 @@ def check_cover(parts, bad, n, partial):
     return missing
 
 
-def check_may_replace(out, n, made_by):
-    """Refuse to write over anything but a smaller or equal data set of the same settings."""
+def joined_ranges(parts):
+    """[[first, last + 1]] of the samples in the parts, in order; one that goes on is one range."""
+    ranges = []
+    for part in parts:
+        if ranges and ranges[-1][1] == part["start"]:
+            ranges[-1][1] = part["stop"]
+        else:
+            ranges.append([part["start"], part["stop"]])
+    return ranges
+
+
+def check_may_replace(out, ranges, made_by):
+    """Refuse to write over anything but a data set of the same settings whose samples are all in `ranges`."""
     if checkpointing.CHECKPOINT_NAME.fullmatch(out.name) or (out.exists() and not out.is_file()):
         raise CheckpointError(f"{out}: not a name for a data set; choose another --out", checkpointing.WRONG_SETTINGS)
     if out.exists():
@@ -179,13 +194,24 @@ def check_may_replace(out, n, made_by):
         if problem or "videos" not in arrays or "labels" not in arrays:
             raise CheckpointError(f"{out} exists and is not a whole data set made by merge.py; it is left alone. Move "
                                   "it away or choose another --out")
-        kept = checkpointing.note_of(out)
-        if kept != made_by:
-            raise CheckpointError(f"{out} was made with other settings ({kept or 'it does not say which'}), not "
+        note = checkpointing.note_of(out)
+        kept, had = without_samples(note, arrays["videos"][1][0])
+        if kept != without_samples(made_by, 0)[0]:
+            raise CheckpointError(f"{out} was made with other settings ({note or 'it does not say which'}), not "
                                   f"{made_by}; it is left alone. Move it away or choose another --out")
-        if arrays["videos"][1][0] > n:
-            raise CheckpointError(f"{out} has {arrays['videos'][1][0]} samples, more than these {n}; it is left alone. "
-                                  "Move it away or choose another --out")
+        for first, stop in had:
+            if not any(a <= first and stop <= b for a, b in ranges):
+                raise CheckpointError(f"{out} has samples {first} to {stop - 1}, and not all of them are in these "
+                                      "runs; it is left alone. Move it away or choose another --out")
+
+
+def without_samples(note, count):
+    """(the settings, the ranges of samples) that the note of a data set of so many samples tells."""
+    try:
+        settings = dict(json.loads(note))
+    except ValueError:
+        return note, [[0, count]]
+    return settings, settings.pop("samples", [[0, count]])
 
 
 # ---------------------------------------------------------------------------------------------------------------------

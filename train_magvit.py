@@ -91,6 +91,8 @@ def main():
         if not low <= getattr(settings, name) <= high:
             parser.error(f"--{name.replace('_', '-')} must be from {low} to {high}, not "
                          f"{getattr(settings, name)}")
+    if not settings.out:
+        parser.error("--out is empty; name a directory")
     if settings.epochs == 1:
         parser.error("--epochs must be at least 2, one for each phase")
     if settings.preset not in ("auto", *PRESETS):

@@ -1183,3 +1183,230 @@ def test_a_save_that_failed_after_its_rename_can_be_tried_again(tmp_path, monkey
         assert job_.durable == 0 and not find_checkpoints(tmp_path)
         job_.save(10, "x")
     assert checkpointing.verify([tmp_path]) == 0
+
+
+# -- what a second tester with fresh eyes found
+
+
+def test_map_tells_paths_numpy_numbers_and_objects_apart(tmp_path, capsys):
+    np = pytest.importorskip("numpy")
+
+    class Named:
+        def __init__(self, name):
+            self.name = name
+
+        def __repr__(self):
+            return f"Named({self.name})"
+    pairs = {"paths": ([Path("a"), Path("b")], [Path("0"), Path("a")]),
+             "numbers": (np.array([1, 2]), np.array([7, 8])),
+             "objects": ([Named("a")], [Named("b")]), "keys": ([{(1, 2): 3}], [{(1, 4): 3}])}
+    for name, (items, others) in pairs.items():
+        kept = checkpointing.map(str, items, tmp_path / name)
+        assert checkpointing.map(str, items, tmp_path / name) == kept
+        with pytest.raises(SystemExit) as stop:
+            checkpointing.map(str, others, tmp_path / name)
+        assert stop.value.code == 2 and "item 0 was" in capsys.readouterr().err
+
+
+def test_map_of_a_partial_of_objects_and_sets_is_started_again(tmp_path):
+    code = """
+import functools
+class Model: pass
+def f(model, i, tags): return i
+print(checkpointing.map(functools.partial(f, Model(), tags={"a", "b", "c"}), range(5), out))
+"""
+    for _ in range(3):      # other addresses, other orders of the set
+        assert finish(job(tmp_path, code)).stdout.endswith("[0, 1, 2, 3, 4]\n")
+
+
+def test_map_names_an_item_that_cannot_be_printed(tmp_path):
+    code = """
+class Bad:
+    def __repr__(self): raise RuntimeError("no repr")
+def f(item): raise KeyError("mine")
+checkpointing.map(f, [Bad()], out)
+"""
+    assert "failed at item 0 (?) with KeyError: 0/1" in finish(job(tmp_path, code), code=1).stderr
+
+
+HELD = {"a helper's return": "work(run.steps(state))",
+        "islice": "for i in itertools.islice(run.steps(state), 6): values.append(i)",
+        "a name": "it = run.steps(state)\n    for i in it:\n        values.append(i)\n"
+                  "        if i == 5: break",
+        "an exception, caught": "it = run.steps(state)\n    try:\n        for i in it:\n"
+                                "            values.append(i)\n            if i == 5: raise ValueError\n"
+                                "    except ValueError: pass"}
+
+
+@pytest.mark.parametrize("way", HELD)
+def test_where_nobody_can_tell_why_a_loop_was_left_no_half_step_is_saved(way, tmp_path):
+    code = f"""
+import itertools
+values = []
+def state(file): file.write(json.dumps(values).encode())
+def work(steps):
+    for i in steps:
+        values.append(i)
+        if i == 5: return
+with checkpointing.Run(out, 20, every=4, suffix=".json") as run:
+    {HELD[way]}
+"""
+    done = finish(job(tmp_path, code), code=1)
+    assert "4/20 steps are saved" in done.stdout and "are done again" in done.stdout
+    assert "Exception ignored" not in done.stderr
+    assert json.loads(find_checkpoints(tmp_path / "out")[-1][1].read_bytes()) == [0, 1, 2, 3]
+
+
+def test_a_second_save_of_the_same_number_after_more_work_is_refused_not_dropped(tmp_path):
+    code = """
+with checkpointing.Run(out, 3, suffix=".json", unit="epochs") as run:
+    run.load(json.load)
+    run.begin()
+    for epoch in range(1, 4):
+        for batch in range(100):
+            run.update(epoch)
+            if batch in (10, 10 + WORSE):
+                run.save(epoch, json.dumps([epoch, batch]))
+                run.save(epoch, json.dumps([epoch, batch]))     # nothing has happened since: fine
+"""
+    finish(job(tmp_path, code.replace("WORSE", "0")))
+    shutil.rmtree(tmp_path / "out")
+    assert "save(1) came again" in finish(job(tmp_path, code.replace("WORSE", "30")), code=1).stderr
+    assert [n for n, _ in find_checkpoints(tmp_path / "out")] == [1]
+
+
+LAST_WORD = """
+plain = checkpointing.Progress.end
+def end(*arguments):
+    if len(sys.argv) > 1: os.kill(os.getpid(), getattr(signal, sys.argv[1]))
+    time.sleep(0.05)
+    plain(*arguments)
+checkpointing.Progress.end = end
+with checkpointing.Run(out, 3, every=1) as run:
+    for i in run.steps(lambda file: file.write(b"x")): pass
+"""
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
+def test_a_signal_while_the_last_word_is_written_leaves_it_true(name, tmp_path):
+    finish(job(tmp_path, LAST_WORD), name, code=128 + getattr(signal, name))
+    assert read_progress(tmp_path / "out" / "PROGRESS.txt")["Status"] == "COMPLETE"
+    assert sorted(p.name for p in (tmp_path / "out").glob(".*")) == [".lock"]
+
+
+def test_without_its_records_a_map_is_taken_as_it_is_by_what_the_message_says(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    checkpointing.map(str, range(20), "out", every=7)
+    Path("out/checkpoints.jsonl").unlink()
+    with pytest.raises(SystemExit):
+        checkpointing.map(str, range(20), "out", every=7)
+    typed = re.search(r"python \S+ (accept \S+checkpoint_\S+|accept \S+/\*\.jsonl)", capsys.readouterr().err)
+    subprocess.run(f"{sys.executable} {ROOT}/checkpointing.py {typed[1]}", shell=True, check=True)
+    assert checkpointing.map(str, range(20), "out", every=7) == [str(i) for i in range(20)]
+    assert checkpointing.verify(["out"]) == 0
+
+
+def test_pieces_are_not_accepted_as_states_also_where_the_first_is_not_0(tmp_path):
+    with Run(tmp_path, 20, first=20, every=5, suffix=".txt") as job_:
+        for piece in job_.pieces():
+            list(piece)
+            piece.save("x")
+    (tmp_path / "checkpoints.jsonl").unlink()
+    said = run("checkpointing.py", "accept", tmp_path / "checkpoint_00020.txt", code=2).stderr
+    assert "holds pieces" in said
+    assert not (tmp_path / "checkpoints.jsonl").exists()
+
+
+CLOSES_ALL = """
+with checkpointing.Run(out, 10, every=2, suffix=".json") as run:
+    values = run.load(json.load, default=[])
+    for i in run.steps(lambda file: file.write(json.dumps(values).encode())):
+        values.append(i)
+        if i == 1:
+            os.closerange(3, 256)       # as a daemon does
+            mine = [open(os.path.dirname(out) + f"/mine{k}", "r+b") for k in range(8)]
+        if i == 5 and len(sys.argv) > 1:
+            open(sys.argv[1], "w").close()
+            while os.path.exists(sys.argv[1]): time.sleep(0.01)
+"""
+
+
+def test_a_job_that_closes_all_files_keeps_its_directory_and_its_own_files(tmp_path):
+    for k in range(8):
+        (tmp_path / f"mine{k}").write_bytes(b"data" * 100)
+    path, mark = job(tmp_path, CLOSES_ALL), tmp_path / "mark"
+    with subprocess.Popen([sys.executable, path, mark], stdout=subprocess.DEVNULL) as process:
+        wait_for(mark.exists, "the sixth step")
+        assert "is in use by" in finish(path, code=75).stderr
+        mark.unlink()
+    assert process.returncode == 0
+    assert {(tmp_path / f"mine{k}").read_bytes() for k in range(8)} == {b"data" * 100}
+
+
+def test_a_line_of_the_jobs_own_cannot_take_the_name_of_one_of_ours(tmp_path):
+    code = """
+with checkpointing.Run(out, 3) as run:
+    for i in run.steps(lambda file: file.write(b"x")): run.update(i, PID=999999)
+"""
+    assert "ValueError: Status, Error," in finish(job(tmp_path, code), code=1).stderr
+
+
+def test_a_last_step_that_leads_beyond_the_total_is_complete_and_stays_so(tmp_path):
+    code = """
+total = int(sys.argv[1])
+with checkpointing.Run(out, total, suffix=".json", unit="days") as run:
+    day = run.load(json.load, default=0)
+    if day < run.total: run.begin()
+    while day < run.total:
+        day += 7
+        run.update(day)
+        if day % 70 == 0 or day >= run.total:
+            run.save(day, str(day))
+"""
+    path = job(tmp_path, code)
+    for total, ended in ((1000, 1001), (1000, 1001), (1010, 1015), (1010, 1015)):
+        finish(path, str(total))
+        progress = read_progress(tmp_path / "out" / "PROGRESS.txt")
+        assert progress["Progress"] == f"{ended}/{ended} days (100%)" and progress["Status"] == "COMPLETE"
+    assert "more than the 900 asked for" in finish(path, "900", code=2).stderr
+
+
+def test_work_without_a_look_at_what_is_there_is_refused_before_it_is_done(tmp_path):
+    code = """
+with checkpointing.Run(out, 100, every=50) as run:
+    for i in run.steps(lambda file: file.write(b"x")): open(f"{out}/{i}.seen", "w")
+"""
+    finish(job(tmp_path, code))
+    for seen in (tmp_path / "out").glob("*.seen"):
+        seen.unlink()
+    (tmp_path / "job.py").write_text((tmp_path / "job.py").read_text().replace("100,", "200,"))
+    assert "call load()" in finish(tmp_path / "job.py", code=1).stderr
+    assert not list((tmp_path / "out").glob("*.seen"))
+
+
+def test_names_that_an_output_cannot_show_are_shown_as_far_as_it_can(tmp_path):
+    run_dir = tmp_path / "caf\u00e9\x1b[31m"
+    with Run(run_dir, 1, suffix=".txt") as job_:
+        for _ in job_.steps(lambda file: file.write(b"x")):
+            pass
+    (run_dir / "bad\n.npz").write_bytes(b"no zip")
+    for word, code in (("status", 0), ("verify", 1)):
+        done = subprocess.run([sys.executable, ROOT / "checkpointing.py", word, tmp_path], capture_output=True,
+                              env={**os.environ, "PYTHONIOENCODING": "ascii"})
+        assert done.returncode == code and not done.stderr and b"caf" in done.stdout
+        assert b"\x1b" not in done.stdout and b"bad\n." not in done.stdout
+
+
+def test_small_mistakes_are_told_as_what_they_are(tmp_path):
+    with pytest.raises(ValueError, match="must be short"):
+        Run(tmp_path, 1, suffix="." + "x" * 240)
+    (tmp_path / "file").write_text("x")
+    assert "a file, not a directory" in run("checkpointing.py", "verify", tmp_path / "file", code=2).stderr
+    with pytest.raises(RuntimeError, match="total is not known"), Run(tmp_path / "a") as job_:
+        job_.load(json.load)
+    record = {"name": "checkpoint_00001.bin", "start": 1, "stop": 1}
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "checkpoints.jsonl").write_text(checkpointing._record_line(record))
+    assert checkpointing.read_records(tmp_path / "b") == {}
+    checkpointing.write_atomic(tmp_path / ("\u00e9" * 122 + ".npz"), b"x")      # 248 bytes
+    assert "empty" in run("generate.py", "--out", "", code=2, cwd=tmp_path).stderr

@@ -143,8 +143,32 @@ def test_it_never_writes_over_what_is_not_its_own_or_larger(results, tmp_path):
     merge(results, out=tmp_path / "set.npz")
     before = sha256(tmp_path / "set.npz")
     (results / "checkpoint_00400.npz").unlink()
-    assert "more than these 400" in merge(results, out=tmp_path / "set.npz", code=1, more=["--partial"]).stderr
+    said = merge(results, out=tmp_path / "set.npz", code=1, more=["--partial"]).stderr
+    assert "has samples 0 to 499, and not all of them are in these runs" in said
     assert sha256(tmp_path / "set.npz") == before
+
+
+def test_a_part_never_replaces_another_part_of_equal_size(results, tmp_path):
+    """In both directions; a larger one that holds it all may."""
+    first, last = (shutil.copytree(results, tmp_path / name) for name in ("first", "last"))
+    for _, path in find_checkpoints(first)[1:]:
+        path.unlink()
+    for _, path in find_checkpoints(last)[:1] + find_checkpoints(last)[2:]:
+        path.unlink()
+    merge(first, out=tmp_path / "set.npz", more=["--partial"])
+    assert "samples 0 to 99" in merge(last, out=tmp_path / "set.npz", code=1, more=["--partial"]).stderr
+    merge(last, out=tmp_path / "other.npz", more=["--partial"])
+    assert "samples 100 to 199" in merge(first, out=tmp_path / "other.npz", code=1, more=["--partial"]).stderr
+    for name in ("set.npz", "other.npz"):
+        merge(results, out=tmp_path / name)
+    assert sha256(tmp_path / "set.npz") == sha256(tmp_path / "other.npz")
+
+
+def test_a_link_in_the_place_of_the_set_stays_a_link(results, tmp_path):
+    (tmp_path / "large disk").mkdir()
+    (tmp_path / "set.npz").symlink_to(tmp_path / "large disk" / "set.npz")
+    merge(results, out=tmp_path / "set.npz")
+    assert (tmp_path / "set.npz").is_symlink() and (tmp_path / "large disk" / "set.npz").is_file()
 
 
 def test_a_full_disk_leaves_the_old_set_and_no_temp_file(results, small_disk):

@@ -94,13 +94,19 @@ reason() {
         tail -n 1 | cut -c 1-200
 }
 
+# Leaves in file $1, for want of ssh's own words, what the host printed instead of answering ($2).
+host_words() {
+    if [ -z "$(reason "$1")" ]; then plain "$2" | grep -v '^look-' | head -n 20 >>"$1"; fi
+}
+
 # Says what to do about trouble of ssh that waiting does not mend: $1 ssh's words, $2 host, $3 key.
 ssh_trouble() {
     if grep -q 'HOST IDENTIFICATION HAS CHANGED\|Host key verification failed' "$1"; then
         host_key_trouble "$1" "$2"
     elif grep -q 'Permission denied ([a-z]\|Too many authentication failures' "$1"; then
         key_trouble "$1" "$2" "$3"
-    elif grep -q 'Bad configuration option\|command-line: line\|invalid characters' "$1"; then
+    elif grep -q 'Bad configuration option\|command-line: line\|invalid characters' "$1" ||
+        grep -q 'Please login as the user' "$1"; then   # what cloud machines say to root
         reason "$1"
     else
         return 1
@@ -136,6 +142,9 @@ key_trouble() {
         printf '%s' "$key is not a private key ($why); give one with -k KEY"
     elif grep -q 'too open' "$1"; then
         printf '%s' "ssh uses no key that others may read ($why); type: chmod 600 $(typed "$key")"
+    elif grep -q 'Load key.*\(libcrypto\|invalid format\)' "$1"; then
+        printf '%s' "$key is damaged ($why): a line is missing or has another end than it had;" \
+            " copy the file again, as a file"
     elif ssh-keygen -y -P '' -f "$key" </dev/null 2>&1 | grep -q 'incorrect passphrase'; then
         printf '%s' "$key is locked with a passphrase, and no agent holds it open ($why);" \
             " type: ssh-add $(typed "$key")"
@@ -166,6 +175,7 @@ case $interval in '' | *[!0-9]* | 0 | ???????*)
     fail "-i takes a number of seconds, not $interval" ;;
 esac
 if [ -n "$key" ] && [ ! -r "$key" ]; then
+    if [ -e "$key" ]; then fail "may not read the key $key; type: chmod 600 $(typed "$key")"; fi
     fail "no key $key; give the path of a private key with -k"
 fi
 for target in "$@"; do
@@ -178,6 +188,7 @@ done
 
 limit=${MONITOR_TIMEOUT:-45}   # seconds a look may take in all, even if the far side freezes
 tmp=$(mktemp -d "${TMPDIR:-/tmp}/monitor.XXXXXX") || exit 2
+full() { fail "cannot write in $tmp: is that disk full? Nothing is known of the runs"; }
 looker=''
 stop_looking() {
     if [ -n "$looker" ]; then kill -TERM "$looker" 2>/dev/null; wait "$looker" 2>/dev/null; fi
@@ -210,8 +221,14 @@ here=$(hostname 2>/dev/null || uname -n)
 here=$(printf '%s' "$here" | tr -c '\n -~' '?')
 if cd "$dir" 2>/dev/null; then
     if [ -f report.html ]; then printf '%s page\n' "$mark"; fi
-    find . -maxdepth 6 -type d -name '*.old[0-9]*' -prune -o -name PROGRESS.txt -type f -print \
-        2>/dev/null | sort | head -n 200 | while IFS= read -r file; do
+    shown=0
+    find . -type d -name '*.old[0-9]*' -prune -o -name PROGRESS.txt -type f -print \
+        2>/dev/null | sort | while IFS= read -r file; do
+        shown=$((shown + 1))
+        if [ "$shown" -gt 200 ]; then
+            printf '%s more\n' "$mark"
+            break
+        fi
         read_file "$file"
         pid=$(value PID) life=
         case $pid in '' | *[!0-9]* | ??????????*) ;; *)
@@ -236,12 +253,13 @@ END
 look() {
     local target=$1 host='' started mark="look-$$-$RANDOM$RANDOM"
     case ${target%%/*} in *:*) host=${target%%:*} target=${target#*:} ;; esac
-    far_side "${target:-.}" "$mark" >"$tmp/script"
+    far_side "${target:-.}" "$mark" >"$tmp/script" || full
     started=$(date +%s)
     if [ -n "$host" ]; then
         set -- ssh -o BatchMode=yes -o ConnectTimeout=10 -o ServerAliveInterval=10 \
             -o ServerAliveCountMax=3 -o StrictHostKeyChecking=accept-new \
-            -o ClearAllForwardings=yes ${key:+-o IdentitiesOnly=yes -i "$key"} -- "$host" 'sh -s'
+            -o ClearAllForwardings=yes -o RequestTTY=no -o RemoteCommand=none \
+            ${key:+-o IdentitiesOnly=yes -i "$key"} -- "$host" 'sh -s'
     else
         set -- sh -s
     fi
@@ -249,10 +267,13 @@ look() {
     looker=$!
     wait "$looker"
     looker=''
-    if ! tail -n 1 "$tmp/answer" | grep -qx "$mark end"; then return 1; fi
+    if ! tail -n 1 "$tmp/answer" | grep -qx "$mark end"; then
+        host_words "$tmp/trouble" "$tmp/answer"
+        return 1
+    fi
     # A laptop that slept during the look has an answer of unknown age: look again.
     if [ $(($(date +%s) - started)) -gt $((limit + 30)) ]; then return 1; fi
-    sed -n "s/^$mark /=/p; /^|/p" "$tmp/answer" >"$tmp/looked"
+    sed -n "s/^$mark /=/p; /^|/p" "$tmp/answer" >"$tmp/looked" || full
 }
 
 # Looks at all targets: $tmp/good.N is the last good look at number N, of the time $tmp/time.N, and
@@ -373,7 +394,7 @@ lines() {
                 printf '  Elapsed: %s\n' "$(ago "$(number "${left% s}" 0)")" ;;
             'ETA: '*)
                 left=${line#ETA: } left=$(number "${left%% *}" '')
-                if [ "$2" = RUNNING ] && [ -n "$left" ]; then
+                if [ "$2" = RUNNING ] && [ "${left:-9999999999}" -lt 9999999999 ]; then
                     left=$((left > $3 ? left - $3 : 0))
                     printf '  ETA: %s, %s\n' "$(ago "$left")" "$(clock "$left")"
                 elif [ "$2" = RUNNING ]; then
@@ -405,12 +426,12 @@ notify() {
 
 # Show target number $1 ($2) from its last good look. Adds its runs to $tmp/words.
 show() {
-    local name=$2 why='' fetched now=0 line run=0 i=1 page=''
+    local name=$2 why='' fetched now=0 line run=0 i=1 page='' more=''
     case $name in *[!/:]/) name=${name%/} ;; esac
     if [ -f "$tmp/bad.$1" ]; then why=$(reason "$tmp/bad.$1"); why=${why:-no answer}; fi
     if [ ! -f "$tmp/good.$1" ]; then
         printf '%s: UNREACHABLE  never reached so far: %s\n\n' "$name" "$why"
-        printf 'UNREACHABLE\t%s\n' "$name" >>"$tmp/words"
+        count UNREACHABLE "$name"
         return
     fi
     fetched=$(($(date +%s) - $(cat "$tmp/time.$1")))
@@ -419,6 +440,7 @@ show() {
         case $line in
             '=now '*) now=$(number "${line#=now }" 0) ;;
             '=page') page=yes ;;
+            '=more') more=yes ;;
             '=run '*)
                 run=$((run + 1))
                 printf '%s\n' "${line#=run }" >"$tmp/run.$run.head"
@@ -428,12 +450,17 @@ show() {
     done <"$tmp/good.$1"
     if [ "$run" -eq 0 ]; then
         printf '%s: no run here yet (no PROGRESS.txt)\n\n' "$name"
-        printf 'NONE\t%s\n' "$name" >>"$tmp/words"
+        count NONE "$name"
     fi
     while [ "$i" -le "$run" ]; do
         show_run "$name" "$tmp/run.$i" "$now" "$fetched" "$why"
         i=$((i + 1))
     done
+    if [ -n "$more" ]; then
+        printf '%s: UNKNOWN  there are more runs than these %s; name a directory further down\n\n' \
+            "$name" "$run"
+        count UNKNOWN "$name (more)"
+    fi
     if [ -n "$page" ]; then
         case ${name%%/*} in
             *:*) printf 'pictures: report.html there; sync_results.sh brings it here\n\n' ;;
@@ -461,22 +488,31 @@ show_run() {
     lines "$2" "$word" $((age + $4))
     pid=$(number "$(field PID "$2")" '')
     case $word in RUNNING | STALLED)
-        [ -z "$pid" ] ||
+        [ "${pid:-0}" -le 1 ] ||
             printf '  PID %s on %s; to stop it: kill %s\n' "$pid" "$(field Host "$2")" "$pid" ;;
     esac
     printf '  written %s before it was fetched, fetched %s ago\n\n' "$(ago "$age")" "$(ago "$4")"
-    printf '%s\t%s\n' "$word" "$at" >>"$tmp/words"
+    count "$word" "$at"
+}
+
+# Notes the word of one run.
+count() {
+    counted=$((counted + 1))
+    printf '%s\t%s\n' "$1" "$2" >>"$tmp/words" || full
 }
 
 # Compose the screen for all targets in $tmp/screen; what each run is doing stands in $tmp/words
 # then, a line "WORD<tab>name" for each.
 compose() {
     local target number=0
+    counted=0
     : >"$tmp/words"
     for target in "$@"; do
         number=$((number + 1))
         show "$number" "$target"
     done >"$tmp/screen"
+    # A full disk here must not make a run that ended badly look like none.
+    if [ "$counted" -lt "$number" ] || [ "$(grep -c . "$tmp/words")" -ne "$counted" ]; then full; fi
 }
 
 paint() {

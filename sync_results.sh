@@ -103,13 +103,19 @@ reason() {
         tail -n 1 | cut -c 1-200
 }
 
+# Leaves in file $1, for want of ssh's own words, what the host printed instead of answering ($2).
+host_words() {
+    if [ -z "$(reason "$1")" ]; then plain "$2" | grep -v '^look-' | head -n 20 >>"$1"; fi
+}
+
 # Says what to do about trouble of ssh that waiting does not mend: $1 ssh's words, $2 host, $3 key.
 ssh_trouble() {
     if grep -q 'HOST IDENTIFICATION HAS CHANGED\|Host key verification failed' "$1"; then
         host_key_trouble "$1" "$2"
     elif grep -q 'Permission denied ([a-z]\|Too many authentication failures' "$1"; then
         key_trouble "$1" "$2" "$3"
-    elif grep -q 'Bad configuration option\|command-line: line\|invalid characters' "$1"; then
+    elif grep -q 'Bad configuration option\|command-line: line\|invalid characters' "$1" ||
+        grep -q 'Please login as the user' "$1"; then   # what cloud machines say to root
         reason "$1"
     else
         return 1
@@ -145,6 +151,9 @@ key_trouble() {
         printf '%s' "$key is not a private key ($why); give one with -k KEY"
     elif grep -q 'too open' "$1"; then
         printf '%s' "ssh uses no key that others may read ($why); type: chmod 600 $(typed "$key")"
+    elif grep -q 'Load key.*\(libcrypto\|invalid format\)' "$1"; then
+        printf '%s' "$key is damaged ($why): a line is missing or has another end than it had;" \
+            " copy the file again, as a file"
     elif ssh-keygen -y -P '' -f "$key" </dev/null 2>&1 | grep -q 'incorrect passphrase'; then
         printf '%s' "$key is locked with a passphrase, and no agent holds it open ($why);" \
             " type: ssh-add $(typed "$key")"
@@ -180,6 +189,7 @@ while [ "${to%/}" != "$to" ] && [ "$to" != / ]; do to=${to%/}; done
 case ${from%%/*} in *:*) host=${from%%:*} from=${from#*:} ;; esac
 case $host in -*) fail 2 "$1 is not a directory; see -h" ;; esac
 if [ -n "$key" ] && [ ! -r "$key" ]; then
+    if [ -e "$key" ]; then fail 2 "may not read the key $key; type: chmod 600 $(typed "$key")"; fi
     fail 2 "no key $key; give the path of a private key with -k"
 fi
 shown=${host:+$host:}$from
@@ -214,7 +224,11 @@ if [ -z "${SYNC_RESULTS_LOCKED:-}" ]; then
         }
         $^F = 255;
         sysopen(LOCK, $path, O_RDWR | O_CREAT) or refuse("write");
-        unless (flock(LOCK, LOCK_EX | LOCK_NB)) { exit 0 if $! == EWOULDBLOCK; refuse("lock") }
+        unless (flock(LOCK, LOCK_EX | LOCK_NB)) {
+            refuse("lock") unless $! == EWOULDBLOCK;
+            print "another sync to this directory is at work\n" if -t STDOUT;   # not to a log
+            exit 0;
+        }
         exec { $ARGV[0] } @ARGV or exit 1;
     ' "$to/.sync_results.lock" "$BASH" "$0" ${key:+-k "$key"} -- "$1" "$2"
 fi
@@ -237,7 +251,8 @@ trap 'exit 143' TERM HUP
 export SYNC_KEY=$key
 cat >"$tmp/ssh" <<'END'
 exec ssh -o BatchMode=yes -o ConnectTimeout=10 -o ServerAliveInterval=10 -o ServerAliveCountMax=3 \
-    -o StrictHostKeyChecking=accept-new -o ClearAllForwardings=yes \
+    -o StrictHostKeyChecking=accept-new -o ClearAllForwardings=yes -o RequestTTY=no \
+    -o RemoteCommand=none \
     ${SYNC_KEY:+-o IdentitiesOnly=yes -i "$SYNC_KEY"} "$@"
 END
 deadline=$(($(date +%s) + seconds))
@@ -287,9 +302,10 @@ END
 # $tmp/runs ("6f1c2a ./train/run.json"), or ends with what is in the way.
 look() {
     local mark="look-$$-$RANDOM$RANDOM" why
-    far_side >"$tmp/script"
+    far_side >"$tmp/script" || fail 1 "cannot write in $tmp: is that disk full?"
     if [ -n "$host" ]; then work sh "$tmp/ssh" -- "$host" 'sh -s'; else work sh -s; fi
     if ! tail -n 1 "$tmp/out" | grep -qx "$mark end"; then
+        host_words "$tmp/trouble" "$tmp/out"
         if why=$(ssh_trouble "$tmp/trouble" "$host" "$key"); then fail 2 "$why"; fi
         why=$(reason "$tmp/trouble")
         fail 75 "$host cannot be reached or was cut off (${why:-no answer});" \
@@ -363,7 +379,7 @@ explain() {
         fail 1 "no room in $to; make some, and the next run goes on from here"
     elif saw 'Read-only file system'; then
         fail 1 "$to is read-only"
-    elif saw 'mkstemp.*failed\|recv_generator.*failed\|failed to set times' ||
+    elif saw 'mkstemp.*failed\|recv_generator.*failed\|failed to set times\|make way for' ||
         saw '\[\(receiver\|generator\)\].*denied'; then
         fail 1 "cannot write to $to: $last"
     elif [ "$1" -eq 127 ] || saw 'rsync.*not found\|command not found\|not recognized'; then
@@ -374,7 +390,8 @@ explain() {
     elif saw 'invalid option\|unknown option\|unrecognized option'; then
         fail 2 "$last"
     elif saw 'Permission denied'; then
-        fail 2 "may not read all of $shown: $last"
+        unreadable=$last   # said at the end: all else is brought first
+        return
     elif [ "$1" -eq 23 ] && saw 'No such file or directory\|vanished'; then
         look   # openrsync's way to say 24; if the directory itself is gone, this says so
         return
@@ -416,7 +433,9 @@ use_debris() {
         dir=${file%/*}/ name=${file##*/.}
         end=${name##*.} name=${name%.*}
         case ${#end} in 6 | 10) ;; *) continue ;; esac
-        case $end in *[!A-Za-z0-9]*) continue ;; *[A-Z0-9]*) ;; *) continue ;; esac
+        # Random ones nearly always have a capital and something else; names given by hand do not.
+        case $end in *[!A-Za-z0-9]*) continue ;; *[A-Z]*) ;; *) continue ;; esac
+        case $end in *[a-z0-9]*) ;; *) continue ;; esac
         part=$dir.rsync-partial/$name
         if there "./${dir#"$to/"}$name"; then
             if in_use "$file"; then continue; fi
@@ -448,19 +467,34 @@ remove_halves() {
 # train --fresh puts the old run aside there and begins another under its name. Here too: copies of
 # the old one would be overwritten, and its higher-numbered states taken for newer ones.
 
+# At the first sync to a directory: what is there already was not brought by us.
+leave_what_is_not_ours() {
+    local file top
+    while IFS= read -r file; do
+        file=${file#./} top=$to/${file%%/*}
+        if [ -e "$to/$file" ] || { [ "$file" != "${file%%/*}" ] && [ -f "$top" ]; }; then
+            fail 2 "$top was there before the first sync to $to, and would be replaced; give" \
+                "another local directory, or, if it is a copy of $shown, type:" \
+                "echo $(typed "$shown") > $(typed "$to/.sync_results.lock")"
+        fi
+    done <"$tmp/files"
+}
+
 run_id() { sed -n 's/.*"run": *"\([0-9A-Za-z]*\)".*/\1/p' "$1" 2>/dev/null | head -n 1; }
 
 set_old_runs_aside() {
     local id path dir aside number old source
+    source=$(head -n 1 "$to/.sync_results.lock")
+    [ -n "$source" ] || leave_what_is_not_ours
     while read -r id path; do
         dir=$to/${path#./}
         old=$(run_id "$dir")
         dir=${dir%/run.json}
         if [ -z "$old" ] || [ "$id" = none ] || [ "$old" = "$id" ]; then continue; fi
-        source=$(head -n 1 "$to/.sync_results.lock")
-        if [ -n "$source" ] && [ "$source" != "$shown" ]; then
-            fail 2 "$to has copies of other runs, from $source; give another local directory, or" \
-                "type: mv $(typed "$to") $(typed "${to%/}.before")"
+        if [ "$source" != "$shown" ]; then
+            fail 2 "$to has copies of other runs, from $source (if that is another name of the" \
+                "same machine, use it); give another local directory, or type:" \
+                "mv $(typed "$to") $(typed "${to%/}.before")"
         fi
         aside=$(cd "$dir" && pwd -P) number=1
         while [ -e "$aside.old$number" ]; do number=$((number + 1)); done
@@ -526,7 +560,7 @@ sort_files() {
         {
             name = $0; sub(/.*\//, "", name)
             dir = substr($0, 1, length($0) - length(name))
-            if (name ~ /^checkpoint_/) kind = (dir in states) ? "" : "data"
+            if (name ~ ("^" ENVIRON["checkpoint"] "$")) kind = (dir in states) ? "" : "data"
             else if (name ~ /^(PROGRESS[.]txt|run[.]json|checkpoints[.]jsonl)$/) kind = ""
             else if (name ~ /^report[.]/) kind = ""
             else if (name ~ /[.]pt$/) kind = "models"
@@ -605,6 +639,8 @@ copy_states() {
 # Lets go of the oldest states beyond as many as are kept there, once the newest one is verified.
 let_go() {
     local dir newest keep old bad=''
+    [ -n "$(sha256_of /dev/null 2>/dev/null)" ] ||
+        fail 1 "none of shasum, sha256sum and openssl is here: states cannot be verified"
     while IFS= read -r dir; do
         newest=$(states_there "$dir" | tail -n 1)
         keep=$(states_there "$dir" | grep -c .)
@@ -628,7 +664,7 @@ let_go() {
 
 # ---- a sync -----------------------------------------------------------------------------------
 
-began=$(date +%s) notes='' gone=0 unverified=''
+began=$(date +%s) notes='' gone=0 unverified='' unreadable=''
 : >"$tmp/copied"
 look
 set_old_runs_aside
@@ -644,11 +680,14 @@ restore_records
 sort_files
 rest=(--exclude=PROGRESS.txt --exclude=run.json)   # one version of them holds for all that follows
 while IFS= read -r dir; do
-    rest+=("--exclude=/$(escaped "${dir#./}")checkpoint[s_]*")   # states and their records
+    dir=/$(escaped "${dir#./}")
+    rest+=("--exclude=${dir}checkpoint_[0-9]*" "--exclude=${dir}checkpoints.jsonl")
 done <"$tmp/dirs"
-if [ -s "$tmp/models" ]; then copy -c --exclude='checkpoint_*' --include='*.pt' "${only[@]}"; fi
+if [ -s "$tmp/models" ]; then
+    copy -c --exclude='checkpoint_[0-9]*' --include='*.pt' "${only[@]}"
+fi
 if [ -s "$tmp/figures" ]; then
-    copy -c --exclude='checkpoint_*' "${rest[@]}" --include='*.json' --include='*.jsonl' \
+    copy -c --exclude='checkpoint_[0-9]*' "${rest[@]}" --include='*.json' --include='*.jsonl' \
         --include='*.png' --include='*.svg' --include='*.gif' --include='*.html' \
         --include='*.txt' --include='*.csv' "${only[@]}"
 fi
@@ -666,8 +705,10 @@ if [ -s "$tmp/dirs" ]; then
         let_go
     fi
     [ -z "$unverified" ] || fail 1 "the copy in $to of$unverified is not what checkpoints.jsonl" \
-        "records; the older states were kept. Is this disk sound?"
+        "records, also after it was brought again; the older states were kept. Is the file there" \
+        "whole (python checkpointing.py verify), and the disk here?"
 fi
+[ -z "$unreadable" ] || fail 2 "may not read all of $shown: $unreadable; all else was brought"
 remove_halves
 
 [ "$gone" -eq 0 ] || notes="; $gone older training states let go$notes"

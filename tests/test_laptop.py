@@ -38,7 +38,8 @@ class Far:
 
     def __init__(self, place):
         self.place, self.processes = place, []
-        for key in ("host", "other_host", "user", "norsync", "banner", "dash", "stranger"):
+        for key in ("host", "other_host", "user", "norsync", "banner", "wronguser", "dash",
+                    "stranger"):
             subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", place / key],
                            check=True)
         empty = place / "empty"
@@ -48,7 +49,8 @@ class Far:
         shell = r'/bin/sh -c \"$SSH_ORIGINAL_COMMAND\"'
         forced = {"norsync": f"PATH={empty} exec {shell}",
                   "dash": f"exec {shell.replace('sh', 'dash', 1)}",
-                  "banner": f"echo Welcome to the machine; exec {shell}"}
+                  "banner": f"echo Welcome to the machine; exec {shell}",
+                  "wronguser": "echo Please login as the user ubuntu rather than root.; exit 142"}
         keys = [(place / "user.pub").read_text()]
         keys += [f'command="{command}",restrict {(place / f"{key}.pub").read_text()}'
                  for key, command in forced.items()]
@@ -517,6 +519,30 @@ def test_a_host_that_has_no_name_and_a_refused_port_are_said_as_ssh_says_them(fa
     assert "Connection refused\n" in monitor(far, "-1", f"closed:{tmp_path}", code=3).stdout
 
 
+def test_what_a_cloud_machine_says_to_the_wrong_user_is_shown(far, tmp_path, both):
+    code, said = both(f"wronguser:{tmp_path}")
+    assert code == 2 and "Please login as the user ubuntu" in said
+
+
+def test_a_full_disk_for_temporary_files_is_not_taken_for_the_end(far, tmp_path, small_disk):
+    disk = small_disk(64 << 10)
+    progress_file(tmp_path / "there", PID=99999999)
+    monitor(far, "-1", f"box:{tmp_path / 'there'}", code=1)
+    with open(disk / "ballast", "wb", buffering=0) as file, contextlib.suppress(OSError):
+        while True:
+            file.write(bytes(4096))
+    for target in (f"box:{tmp_path / 'there'}", tmp_path / "there"):
+        assert "is that disk full?" in monitor(far, "-1", target, code=2, TMPDIR=disk).stderr
+
+
+def test_no_run_is_left_out_in_silence(far, tmp_path):
+    progress_file(tmp_path / "a/b/c/d/e/f/g/h", Status="FAILED")
+    assert "FAILED" in monitor(far, "-1", tmp_path / "a", code=1).stdout
+    for number in range(201):
+        progress_file(tmp_path / f"many/{number:03d}", Status="COMPLETE")
+    assert "there are more runs than these 200" in monitor(far, "-1", tmp_path / "many", code=4).stdout
+
+
 def test_no_such_directory_says_where(far):
     for target, words in (("/nowhere", "/nowhere: no such directory\n"),
                           ("box:/nowhere", "box:/nowhere: no such directory on box\n")):
@@ -574,7 +600,8 @@ def lock_up(key):
 
 @pytest.mark.parametrize("key, words", [
     ("open", "type: chmod 600 {}"), ("locked", "type: ssh-add {}"), ("open.pub", "public half"),
-    ("garbage", "is not a private key"), ("stranger", "type: ssh-copy-id -i {} box")])
+    ("garbage", "is not a private key"), ("stranger", "type: ssh-copy-id -i {} box"),
+    ("pasted", "{} is damaged")])
 def test_a_key_that_does_not_work_is_told_with_ssh_s_reason(far, tmp_path, both, key, words):
     for name in ("open", "locked", "stranger"):
         shutil.copy(far.place / ("stranger" if name == "stranger" else "user"), tmp_path / name)
@@ -583,7 +610,10 @@ def test_a_key_that_does_not_work_is_told_with_ssh_s_reason(far, tmp_path, both,
     (tmp_path / "open").chmod(0o644)
     shutil.copy(far.place / "user.pub", tmp_path / "open.pub")
     (tmp_path / "garbage").write_text("hello\n")
-    (tmp_path / "garbage").chmod(0o600)
+    lines = (tmp_path / "open").read_text().splitlines()
+    (tmp_path / "pasted").write_text("\n".join(lines[:3] + lines[4:]))    # a line lost, and the end
+    for name in ("garbage", "pasted"):
+        (tmp_path / name).chmod(0o600)
     progress_file(tmp_path / "there")
     path = far.only(tmp_path)
     code, said = both(f"box:{tmp_path / 'there'}", "-k", tmp_path / key, **path)
@@ -1016,7 +1046,8 @@ def test_debris_of_a_living_transfer_and_files_of_others_stay(far, tmp_path, lso
     progress_file(there)
     (there / "dataset.npz").write_text("data")
     here.mkdir()
-    mine = [here / ".notes.A1b2c3", here / ".dataset.npz.backup", here / ".bashrc"]
+    mine = [here / name for name in (".notes.A1b2c3", ".dataset.npz.backup", ".bashrc",
+                                     ".dataset.npz.BACKUP", ".dataset.npz.old123")]
     for path in mine:
         path.write_text("mine")
     path = {} if lsof else {"BASH_ENV": hidden_from_bash(tmp_path, "lsof")}
@@ -1179,6 +1210,64 @@ def test_copies_of_two_remotes_do_not_push_each_other_out(far, tmp_path):
     subprocess.run(re.search(r"type: (mv .*)", line)[1], shell=True, check=True)
     sync(far, tmp_path / "two", here)
     assert same(tmp_path / "two", here, ["run.json"])
+
+
+def test_what_was_here_before_the_first_sync_is_not_replaced(far, tmp_path):
+    there, here = tmp_path / "there", tmp_path / "here"
+    job(there / "train", 30)
+    (there / "dataset.npz").write_text("theirs")
+    for mine in ("dataset.npz", "train", "train/run.json"):
+        (here / mine).parent.mkdir(parents=True)
+        (here / mine).write_text("mine")
+        line = sync(far, f"box:{there}", here, code=2)
+        assert f"{here / mine.split('/')[0]} was there before the first sync" in line
+        assert (here / mine).read_text() == "mine" and not list(here.rglob("*.json.*"))
+        shutil.rmtree(here)
+    here.mkdir()
+    (here / "notes.txt").write_text("mine")
+    (here / "dataset.npz").write_text("an older copy")
+    line = sync(far, f"box:{there}", here, code=2)
+    subprocess.run(re.search(r"type: (echo .*)", line)[1], shell=True, check=True)
+    sync(far, f"box:{there}", here)
+    assert same(there, here, ["dataset.npz"]) and (here / "notes.txt").read_text() == "mine"
+
+
+def test_a_run_that_works_here_is_not_moved_from_under_itself(far, tmp_path):
+    there, here = tmp_path / "there", tmp_path / "here"
+    job(there, 30)
+    job(here, 20)
+    before = sorted(path.name for path in here.iterdir())
+    assert "was there before the first sync" in sync(far, f"box:{there}", here, code=2)
+    assert sorted(p.name for p in here.iterdir()) == sorted([*before, ".sync_results.lock"])
+
+
+def test_results_beside_states_come_whatever_they_are_called(far, tmp_path):
+    there, here = tmp_path / "there", tmp_path / "here"
+    job(there / "train", 30)
+    names = ["checkpoint_best.pt", "checkpoint_summary.json", "checkpoints_overview.png",
+             "checkpoints/last.npz"]
+    for name in names:
+        (there / "train" / name).parent.mkdir(exist_ok=True)
+        (there / "train" / name).write_bytes(os.urandom(100))
+    sync(far, f"box:{there}", here)
+    assert same(there / "train", here / "train", names)
+
+
+def test_a_file_that_may_not_be_read_stops_no_other(far, tmp_path):
+    """root may read all, so the rsync of this test says what it says to others."""
+    there, here = tmp_path / "there", tmp_path / "here"
+    job(there / "train", 30)
+    (there / "a.png").write_text("x")
+    (there / "dataset.npz").write_text("x")
+    stub = far.stub(tmp_path, "rsync", f"""
+        {shutil.which('rsync')} "$@" || exit
+        case "$*" in *.png*)
+            echo 'rsync: [sender] send_files failed to open "/r/b.png": Permission denied (13)' >&2
+            exit 23 ;;
+        esac""")
+    line = sync(far, f"box:{there}", here, code=2, **stub)
+    assert "may not read all" in line and "b.png" in line and "all else was brought" in line
+    assert same(there, here, ["a.png", "dataset.npz", "train/checkpoint_00030.json"])
 
 
 # -- sync: small things that were wrong

@@ -498,7 +498,7 @@ show_run() {
 # Notes the word of one run.
 count() {
     counted=$((counted + 1))
-    printf '%s\t%s\n' "$1" "$2" >>"$tmp/words" || full
+    printf '%s\t%s\n' "$1" "${2//[[:cntrl:]]/?}" >>"$tmp/words" || full
 }
 
 # Compose the screen for all targets in $tmp/screen; what each run is doing stands in $tmp/words

@@ -788,6 +788,7 @@ def test_an_old_whole_file_stays_until_the_new_one_is_whole(far, tmp_path):
     big(there)
     here.mkdir()
     (here / "checkpoint_00000.npz").write_bytes(b"old")
+    (here / ".sync_results.lock").write_text(f"cut:{there}\n")     # brought by a sync
     far.cutter.allow = 12 << 20
     sync(far, f"cut:{there}", here, code=75)
     assert (here / "checkpoint_00000.npz").read_bytes() == b"old"

@@ -18,6 +18,7 @@ import json
 import math
 import signal
 import time
+from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -659,6 +660,7 @@ class Pace:
     """How fast it goes and how long it will take: said once at the start, then at every look."""
 
     SAY_AFTER = 20      # steps, after which the first estimate is good enough
+    RECENT = 24         # measurements, five seconds apart or more, that the speed is taken from
 
     def __init__(self, run, phases, ratio, preset, device):
         self.run, self.phases, self.ratio = run, phases, ratio
@@ -667,17 +669,18 @@ class Pace:
         self.said = False
 
     def begin(self, phase, done):
-        self.phase, self.first, self.began = phase, done, time.monotonic()
-        self.spoke = self.began
+        self.phase, self.first = phase, done
+        self.seen = deque([(time.monotonic(), done)], self.RECENT)
 
     def keep(self, done, learner):
         steps = done - self.first
         early = steps == min(self.SAY_AFTER, self.phase.stop - self.first)
-        if time.monotonic() - self.spoke < 5 and not early:
+        if time.monotonic() - self.seen[-1][0] < 5 and not early:
             return
         learner.check_finite(done)      # waits for the device, so that the time is that of the work
-        now = self.spoke = time.monotonic()
-        self.seconds[self.phase.name] = (now - self.began) / (steps * self.phase.batch)
+        now, (before, at) = time.monotonic(), self.seen[0]
+        self.seen.append((now, done))
+        self.seconds[self.phase.name] = (now - before) / ((done - at) * self.phase.batch)
         self.run.expect(self.left(done))
         if not self.said:
             self.said = True

@@ -70,7 +70,7 @@ class Preset:
 
 
 PRESETS = {
-    "tiny": Preset(     # for two cores: 23 minutes
+    "tiny": Preset(     # for two cores: 25 to 40 minutes
         dict(width=64, encoder_blocks=1, decoder_blocks=2, dim=128, layers=3, heads=4, chain=96),
         Learning(batch=32, videos=200_000, rate=1e-3, decay=0.01, memory=32_000),
         Learning(batch=32, videos=1_500_000, rate=2e-3, decay=0.045, memory=32_000), ratio=0.8),

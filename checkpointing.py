@@ -1023,8 +1023,8 @@ class Store:
             if states:
                 todo += f", or go on from the newest as it is: {program} {bad[0][0]}"
             elif self.suffix == MAPPED:
-                todo += f", or, if this is of map(), take all as they are: {program} {self.out}/*"
-                todo += MAPPED
+                todo += (", or, if this is of map(), take all as they are: "
+                         f"{program} {self.out}/checkpoint_*{MAPPED}")
         raise CheckpointError(f"{self.out}: no checkpoint is good ({names}). Nothing was changed; "
                               f"{todo}; or start over: mv {self.out} {self.out}.old")
 

@@ -54,6 +54,7 @@ import zlib
 from pathlib import Path
 
 FAILED, WRONG_SETTINGS, IN_USE = 1, 2, 75   # exit codes; 75 is EX_TEMPFAIL of sysexits.h
+TOO_EARLY = "stopped by Ctrl-C before the work began; nothing was changed"
 
 
 class CheckpointError(Exception):
@@ -189,7 +190,8 @@ class Run:
         if self.begun:
             return
         self._must_be_ours()
-        if not self._looked and find_checkpoints(self.out):
+        ours = self.store.records
+        if not self._looked and any(p.name in ours for _, p in find_checkpoints(self.out)):
             raise RuntimeError(f"{self.out} holds checkpoints: call load() (or pieces()) first")
         wanted, free = int((self.total - self.durable) * self.unit_bytes), free_bytes(self.out)
         if 0 <= free < wanted:
@@ -358,8 +360,11 @@ class Run:
                     self.plan()
                 else:
                     self.progress.announce()
-            except BaseException:
+            except BaseException as error:
+                self.progress.take_back()
                 self._lock.release()
+                if isinstance(error, KeyboardInterrupt):
+                    raise CheckpointError(TOO_EARLY, 128 + signal.SIGINT) from None
                 raise
         self._process = os.getpid()
         return self
@@ -433,7 +438,7 @@ class Run:
         elif status == "COMPLETE":
             self.log(f"complete: {self.out} has all {self.total} {self.progress.unit}")
         elif kind is KeyboardInterrupt and not self.begun:
-            _complain("stopped by Ctrl-C before the work began; nothing was changed")
+            _complain(TOO_EARLY)
         lost = self.done - self.durable
         again = f", {lost} are done again" if lost > 0 else ""
         if status == "INTERRUPTED" and self.begun:
@@ -1190,7 +1195,7 @@ class Progress:
         self.began, self.elapsed_before = None, 0
         self.expected = None                # (seconds, when it was said) of expect()
         self._old = self._thread = None     # the bytes before announce(); the heartbeat
-        self._bar = self._warned = self._stalled = self._stuck = False
+        self._bar = self._warned = self._stalled = self._stuck = self._announced = False
         self._io, self._wake = threading.RLock(), threading.Event()
 
     def remember(self, records):
@@ -1213,12 +1218,13 @@ class Progress:
         counts = re.match(r"(\d{1,15})/(\d{1,15}) ", before.get("Progress", ""))
         if counts:
             self.done, self.total = int(counts[1]), int(counts[2])
+        self._announced = True
         self._start()
         self.done, self.total = 0, None
 
     def take_back(self):
         """Nothing came of what was announced: put the old file back, as far as there was one."""
-        if self._thread:
+        if self._announced:
             self._stop_thread()
             with contextlib.suppress(CheckpointError, OSError):
                 if self._old is not None:

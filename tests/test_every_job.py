@@ -415,6 +415,27 @@ def test_ctrl_c_before_the_work_begins_is_one_line(tmp_path):
     assert not (tmp_path / "out" / "PROGRESS.txt").exists()
 
 
+def test_ctrl_c_while_the_run_is_announced_is_one_line_too(tmp_path):
+    code = """
+plain = checkpointing.Progress._start
+def start(progress):
+    plain(progress)
+    if os.environ.get("WHEN") == "after": os.kill(os.getpid(), signal.SIGINT)
+checkpointing.Progress._start = start
+write = checkpointing.Progress.write
+def written(progress, status, error=None):
+    done = write(progress, status, error)
+    if os.environ.get("WHEN") == "written": os.kill(os.getpid(), signal.SIGINT)
+    return done
+checkpointing.Progress.write = written
+with checkpointing.Run(out) as run: run.plan(10, {})
+"""
+    for when in ("written", "after"):
+        done = finish(job(tmp_path, code), code=130, env={**os.environ, "WHEN": when})
+        assert done.stderr.count("\n") == 1 and "before the work began" in done.stderr
+        assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [".lock"]
+
+
 # -- the lock
 
 

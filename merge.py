@@ -45,9 +45,9 @@ def merge(runs, out, partial):
     missing = check_cover(parts, bad, n, partial)
     total = sum(part["stop"] - part["start"] for part in parts)
     ranges = joined_ranges(parts)
+    check_may_replace(out, ranges, made_by)
     if ranges != [[0, total]]:
         made_by = json.dumps({**json.loads(made_by), "samples": ranges}, sort_keys=True)
-    check_may_replace(out, ranges, made_by)
 
     counts = np.zeros(len(CLASSES), np.int64)
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -196,7 +196,7 @@ def check_may_replace(out, ranges, made_by):
                                   "it away or choose another --out")
         note = checkpointing.note_of(out)
         kept, had = without_samples(note, arrays["videos"][1][0])
-        if kept != without_samples(made_by, 0)[0]:
+        if kept != json.loads(made_by):
             raise CheckpointError(f"{out} was made with other settings ({note or 'it does not say which'}), not "
                                   f"{made_by}; it is left alone. Move it away or choose another --out")
         for first, stop in had:

@@ -390,7 +390,9 @@ explain() {
     elif saw 'invalid option\|unknown option\|unrecognized option'; then
         fail 2 "$last"
     elif saw 'Permission denied'; then
-        unreadable=$last   # said at the end: all else is brought first
+        # 23: of some files, said at the end, since all else is brought first.
+        [ "$1" -eq 23 ] || fail 2 "may not read all of $shown: $last"
+        unreadable=$last
         return
     elif [ "$1" -eq 23 ] && saw 'No such file or directory\|vanished'; then
         look   # openrsync's way to say 24; if the directory itself is gone, this says so

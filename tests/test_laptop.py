@@ -1271,6 +1271,15 @@ def test_a_file_that_may_not_be_read_stops_no_other(far, tmp_path):
     assert same(there, here, ["a.png", "dataset.npz", "train/checkpoint_00030.json"])
 
 
+def test_a_far_rsync_that_may_not_run_is_no_matter_of_some_files(far, tmp_path):
+    """Nothing is brought then, and nothing says that it was."""
+    there, here = tmp_path / "there", tmp_path / "here"
+    job(there / "train", 30)
+    stub = far.stub(tmp_path, "rsync", "echo 'sh: rsync: Permission denied' >&2; exit 12")
+    line = sync(far, f"box:{there}", here, code=2, **stub)
+    assert "Permission denied" in line and "all else was brought" not in line
+
+
 # -- sync: small things that were wrong
 
 

@@ -1,39 +1,32 @@
-"""The command line of a stage, made from one dataclass that holds its settings.
+"""The command line of a stage, made from the dataclass that holds its settings.
 
-Imported first by every stage: from here on Ctrl-C and a missing package end in one line.
+Imported first by every stage: while it imports the rest, Ctrl-C or a missing package is one line.
 """
+import argparse
+import dataclasses
 import os
 import signal
 import sys
 
 
-def one_line_at_the_top(kind, error, trace):
-    """sys.excepthook of the stages: what a person did or lacks is one line; bugs keep a trace."""
-    program = os.path.basename(sys.argv[0])
-    if issubclass(kind, KeyboardInterrupt):
-        print(f"{program}: stopped by Ctrl-C", file=sys.stderr)
-    elif issubclass(kind, ModuleNotFoundError) and error.name in ("numpy", "torch"):
-        print(f"{program}: error: {error.name} is not installed for {sys.executable}. Type: "
-              "python3 -m venv .venv && .venv/bin/pip install -r requirements.txt, then use "
-              ".venv/bin/python", file=sys.stderr)
-    else:
-        sys.__excepthook__(kind, error, trace)
-
-
 def leave(number, frame):
-    os.write(2, f"{os.path.basename(sys.argv[0])}: stopped by Ctrl-C\n".encode())
-    os._exit(128 + number)
+    os.write(2, b"stopped by Ctrl-C\n")
+    os._exit(128 + number)      # numpy and torch, half imported, would make forty lines of it
 
 
-sys.excepthook = one_line_at_the_top
-if signal.getsignal(signal.SIGINT) is signal.default_int_handler and \
-        os.path.dirname(os.path.abspath(sys.argv[0])) == os.path.dirname(os.path.abspath(__file__)):
-    signal.signal(signal.SIGINT, leave)   # numpy would make forty lines of it
+def tell_what_is_missing(kind, error, trace):
+    if kind is not ModuleNotFoundError or error.name not in ("numpy", "torch"):
+        return sys.__excepthook__(kind, error, trace)
+    sys.exit(f"error: {error.name} is not installed for {sys.executable}. Type: python3 -m venv "
+             ".venv && .venv/bin/pip install -r requirements.txt, then use .venv/bin/python")
 
-import argparse   # noqa: E402
-import dataclasses   # noqa: E402
 
-from checkpointing import WRONG_SETTINGS   # noqa: E402
+if os.path.dirname(os.path.abspath(sys.argv[0])) == os.path.dirname(os.path.abspath(__file__)):
+    sys.excepthook = tell_what_is_missing
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, leave)
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")     # torch's threads: if two programs let
+    os.environ.setdefault("GOMP_SPINCOUNT", "2000")         # them spin on, both are 3 times slower
 
 
 def option(default, help):
@@ -41,32 +34,27 @@ def option(default, help):
     return dataclasses.field(default=default, metadata={"help": help})
 
 
-class OneLineParser(argparse.ArgumentParser):
-    """argparse, except that a mistake gets one line on stderr instead of the whole usage."""
-
-    def __init__(self, *arguments, **more):
-        super().__init__(*arguments, **more)
-        if signal.getsignal(signal.SIGINT) is leave:   # all is imported
+class OneLineParser(argparse.ArgumentParser):   # a mistake is one line, not the whole usage
+    def parse_args(self, *arguments):
+        if signal.getsignal(signal.SIGINT) is leave:    # all is imported
             signal.signal(signal.SIGINT, signal.default_int_handler)
+        return super().parse_args(*arguments)
 
-    def error(self, message):
-        once = os.environ.get("RANK", "0") == "0"   # torchrun starts many with the same mistake
-        said = f"{self.prog}: error: {message}; see {self.prog} --help\n"
-        self.exit(WRONG_SETTINGS, said if once else None)
+    def error(self, message):   # of the many that torchrun starts, one speaks
+        speaks = "TORCHELASTIC_RUN_ID" not in os.environ or os.environ.get("RANK") == "0"
+        self.exit(2, f"{self.prog}: error: {message}; see {self.prog} --help\n" * speaks)
 
 
 def parse_settings(kind, description, argv=None):
-    """(parser, settings) of a stage: a field of the dataclass `kind` is an option, a True one a
-    --no-NAME flag. parser.error() reports what only the stage can know to be wrong."""
+    """(parser, settings): a field of the dataclass `kind` is an option, a True one --no-NAME."""
     parser = OneLineParser(description=description)
     for field in dataclasses.fields(kind):
         name, default, text = field.name.replace("_", "-"), field.default, field.metadata["help"]
+        how = {"type": str if default is None else type(default)}
         if isinstance(default, bool):
-            flag = f"--no-{name}" if default else f"--{name}"
-            action = f"store_{str(not default).lower()}"
-            parser.add_argument(flag, dest=field.name, action=action, help=text)
-        else:
-            shown = "" if default is None else f" (default {default})"
-            parser.add_argument(f"--{name}", dest=field.name, default=default, help=text + shown,
-                                type=str if default is None else type(default))
+            how = {"action": "store_false" if default else "store_true"}
+            name = f"no-{name}" if default else name
+        elif default not in (None, ""):
+            text += f" (default {default})"
+        parser.add_argument(f"--{name}", dest=field.name, default=default, help=text, **how)
     return parser, kind(**vars(parser.parse_args(argv)))

@@ -1,6 +1,6 @@
-"""A stranger's job for the tests, on the standard library: sums up numbers, slowly. Options by environment variables.
+"""A stranger's job for the tests, on the standard library: sums up numbers, slowly.
 
-    counting_job.py OUT TOTAL [EVERY]
+    counting_job.py OUT TOTAL [EVERY]       options by environment variables
 """
 import json
 import os
@@ -15,19 +15,15 @@ out, total, every = sys.argv[1], int(sys.argv[2]), int((sys.argv[3:] or [10])[0]
 pause = float(os.environ.get("PAUSE", 0))          # seconds a step
 hang_at = int(os.environ.get("HANG_AT", -1))       # a step that never ends
 fail_at = int(os.environ.get("FAIL_AT", -1))
-marker = os.environ.get("MARKER")                  # a file to touch when the first step begins
 more = json.loads(os.environ.get("RUN_OPTIONS", "{}"))
 settings = json.loads(os.environ.get("SETTINGS", "{}"))
 
 with checkpointing.Run(out, total, every=every, suffix=".json", settings=settings, **more) as run:
-    values = run.load(json.load, default=[])
-    for i in run.steps(lambda file: file.write(json.dumps(values).encode())):
-        if marker:
-            Path(marker).touch()
-            marker = None
+    values = run.load([], read=json.load)
+    for i in run.steps(write=lambda file: file.write(json.dumps(values).encode())):
         if i == hang_at:
             time.sleep(3600)
         if i == fail_at:
-            raise ValueError("step %d is wrong\nin two lines" % i)
+            raise ValueError(f"step {i} is wrong\nin two lines")
         time.sleep(pause)
         values.append(i * i)

@@ -1,959 +1,648 @@
 """Break the machine under the library, again and again, and count what is lost.
 
-    python tests/prove.py --minutes 20                      # all parts; the table of the README
-    python tests/prove.py --part power --seconds 30         # one part
-    python tests/prove.py --part kill --seconds 5 --seed 7  # shorter, with other moments
+    python tests/prove.py --minutes 20                      # all parts, and a table of them
+    python tests/prove.py --part kill --minutes 1 --seed 7  # one part, with other moments
 
 Real processes, real signals, real file systems. A trial is lost if work that was reported as saved
-is gone, a file under its final name is not the one that was written, a restart does not end with
-the bytes of an undisturbed run, something is left behind, a process hangs, or an error is not one
-line. Prints a line for each lost trial, and how to repeat it; exit code 0 if none was lost, 1
-otherwise, 3 if a tool is missing. Linux with strace; power cuts need root. --code DIR tests the
-copy of checkpointing.py, generate.py and merge.py in another directory.
+is gone, a file under its final name is not the one that was written, COMPLETE stands where the job
+is not, a restart does not end with the bytes of an undisturbed run, something is left behind, a
+process hangs, or an error is not one line. Says each lost trial and how to repeat it on stderr;
+exit code 0 if none was lost, 1 otherwise, 3 if a tool is missing. Linux with strace, as root.
+--code DIR tests the copy of the library and the stages in another directory.
 """
 import argparse
+import atexit
 import contextlib
-import ctypes
 import fcntl
+import functools
 import io
 import json
 import os
+import pickle
 import random
 import re
 import shutil
 import signal
-import struct
 import subprocess
 import sys
 import tempfile
 import time
-import traceback
-import zipfile
 from pathlib import Path
 
 parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
 parser.add_argument("--minutes", type=float, default=20, help="time for all parts (default 20)")
-parser.add_argument("--seconds", type=float, help="time for each part instead")
-parser.add_argument("--part", action="append",
-                    help="only this part: order, kill, fail, power, rot, starts, signals or "
-                    "histories; may be given again")
+parser.add_argument("--part", help="only this part of the table")
 parser.add_argument("--seed", type=int, default=1, help="other moments and places (default 1)")
 parser.add_argument("--first", action="store_true", help="stop at the first loss")
-parser.add_argument("--code", default=Path(__file__).resolve().parent.parent,
+parser.add_argument("--code", default=Path(__file__).resolve().parent.parent, type=Path,
                     help="where checkpointing.py is")
-arguments = parser.parse_args() if __name__ == "__main__" else parser.parse_args([])
+arguments = parser.parse_args()
 
-os.environ.update(OPENBLAS_NUM_THREADS="1", OMP_NUM_THREADS="1")   # we fork: no threads of NumPy's
-sys.path.insert(0, str(Path(arguments.code).resolve()))
+CODE = str(arguments.code.resolve())
+os.environ.update(PYTHONPATH=CODE,      # for the true processes; the others are forked: no threads
+                  OPENBLAS_NUM_THREADS="1", OMP_NUM_THREADS="1")
+sys.path.insert(0, CODE)
 import checkpointing  # noqa: E402
 import generate  # noqa: E402
 import merge  # noqa: E402
+import runs  # noqa: E402
 
-for stage in (generate, merge):   # drawing the page took most of the time; it is no checkpoint
-    stage.report.refresh = lambda *_, **__: None
-HANG = 30   # seconds after which a process counts as hanging
-
-
-class Lost(Exception):
-    """A promise was broken; what, in one line."""
-
-
-class ToolMissing(Exception):
-    """This part cannot be tried here."""
+generate.report.refresh = lambda *_, **__: None     # it took most of the time; it is no checkpoint
+STOPS = checkpointing.ALL_SIGNALS
+signal.signal(signal.SIGHUP, signal.SIG_DFL)    # nohup and & hand on that they are ignored
+signal.signal(signal.SIGINT, signal.default_int_handler)
+HANG = 30       # seconds after which a process counts as hanging
 
 
-def must(condition, what):
+def need(condition, what):
     if not condition:
-        raise Lost(what)
+        print(f"prove: {what} is needed", file=sys.stderr)
+        raise SystemExit(3)
 
 
-# --------------------------------------------------------------------------------------------------
-# The jobs that are broken, each in a process of its own. ack(n) reports what is saved, as a log or
-# a person would see it.
+# -- The jobs that are broken. Their log says "saved N"; what is saved then, N alone tells
 
-def content_of(start, stop):
-    """What a piece holds: a few pages, so that half of it can be missing."""
-    return "".join(f"{i} {i * i}\n" for i in range(start, stop)) * 200
+OPTIONS = {"every": 10, "suffix": ".json", "heartbeat": 0.03, "keep": 2, "settings": {"seed": 1}}
 
 
-def pieces_job(out, ack, total=40):
-    with checkpointing.Run(out, total, every=10, suffix=".txt", heartbeat=0.03,
-                           settings={"seed": 1}) as run:
+def draws_of(number):
+    """What is saved after `number` units: a few pages, so that half of it can be missing."""
+    generator = random.Random(1)
+    return [generator.random() for _ in range(400 + number)]
+
+
+def content_of(number):
+    return json.dumps(draws_of(number)).encode()
+
+
+def pieces_job(out, total=40):
+    with checkpointing.Run(out, total, **OPTIONS) as run:
         for piece in run.pieces():
             list(piece)
-            piece.save(content_of(piece.start, piece.done))
-            ack(piece.start)
+            piece.save(content_of(piece.start))
+            print(f"saved {piece.start}", flush=True)
 
 
-def state_of(number):
-    return {"sum": sum(i * i for i in range(number)), "number": number, "padding": "x" * 9000}
-
-
-def state_job(out, ack, total=60):
-    """A state with retention: the oldest of three checkpoints is removed after each save."""
-    with checkpointing.Run(out, total, every=10, suffix=".json", heartbeat=0.03, keep=2,
-                           settings={"seed": 1}) as run:
-        state = run.load(json.load, default=state_of(0))
-        saved = run.durable
-        for i in run.steps(lambda file: file.write(json.dumps(state).encode())):
+def state_job(out, total=60, signals=(signal.SIGTERM, signal.SIGHUP)):
+    """A state in a format of its own, in a loop of its own; a save that failed is tried again."""
+    with checkpointing.Run(out, total, signals=signals, **OPTIONS) as run:
+        run.load(read=json.load)
+        while not run.complete:
+            saved, number = run.durable, run.done + 1
+            write = lambda file: file.write(content_of(number))  # noqa: E731
+            time.sleep(0.0003)
+            try:
+                run.tick(number, write=write)
+            except checkpointing.CheckpointError:
+                run.save(number, write=write)
             if run.durable > saved:
-                saved = run.durable
-                ack(saved)
-            state.update(sum=state["sum"] + i * i, number=i + 1)
-        if run.durable > saved:
-            ack(run.durable)
+                print(f"saved {run.durable}", flush=True)
 
 
-def stubborn_job(out, ack):
-    """A loop of its own, in which a save that failed is tried again."""
-    with checkpointing.Run(out, 60, suffix=".json", heartbeat=0.03, keep=2,
-                           settings={"seed": 1}) as run:
-        run.load(json.load)
-        run.begin()
-        while run.done < run.total:
-            run.update(run.done + 1)
-            if run.done % 10 == 0 or run.due():
-                data = json.dumps(state_of(run.done))
-                try:
-                    run.save(run.done, data)
-                except checkpointing.CheckpointError:
-                    run.save(run.done, data)
-                ack(run.done)
-                run.leave_if_asked()
+# As a stranger writes it: no block, a default state, random numbers, a last file behind the loop.
+PROGRAM = """
+import random, sys, time
+import checkpointing
+
+def last_file(file):
+    for value in values:
+        file.write(f"{value!r} ".encode())
+        time.sleep(0.00005)
+
+out = sys.argv[1]
+random.seed(1)
+run = checkpointing.Run(out, 60, every=10, heartbeat=0.03, keep=2)
+values = run.load([random.random() for _ in range(400)])
+for i in run.steps(lambda: values):
+    print(f"saved {run.durable}", flush=True)
+    time.sleep(0.0003)
+    values.append(random.random())
+print(f"saved {run.durable}", flush=True)
+checkpointing.write_atomic(f"{out}/last.txt", last_file)
+"""
 
 
-def merge_job(out, ack):
-    sys.argv = ["merge.py", str(out), "--out", str(out / "dataset.npz")]
-    merge.main()
-    ack(1)
+def program_job(out, state="values"):
+    sys.argv = ["-c", str(out)]
+    exec(PROGRAM.replace("lambda: values", f"lambda: {state}"), {"__name__": "__main__"})
 
 
-def generate_job(*options, ack):
-    sys.argv = ["generate.py", *map(str, options)]
+def true_program(out):
+    os.chdir(out.parent)    # Python takes modules from here first
+    os.execv(sys.executable, [sys.executable, "-c", PROGRAM, str(out)])
+
+
+def generate_job(out, n=120, every=40, *options):
+    sys.argv = ["generate.py", "--out", str(out), "--n", str(n), "--every", str(every), *options]
     generate.main()
 
 
-class Child:
-    """A job in a forked process: like a new one, without the time that Python takes to start."""
+def merge_job(out):
+    sys.argv = ["merge.py", str(out), "--out", str(out / "dataset.npz")]
+    merge.main()
+
+
+class Child(contextlib.AbstractContextManager):
+    """A job in a forked process: its own program, without the time that Python takes to start."""
 
     def __init__(self, job, *job_arguments, gate=None):
-        self.job, self.log = job, tempfile.TemporaryFile()
-        self.acks, write = os.pipe()
-        os.set_blocking(self.acks, False)
-        self.acked = b""
-        stops = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-        # Not before the child is one that can die of them.
-        signal.pthread_sigmask(signal.SIG_BLOCK, stops)
+        self.job, self.log, self.code = job, tempfile.TemporaryFile(), None
+        signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)     # not before the child can die of them
         self.pid = os.fork()
         if self.pid == 0:
-            code = 1
-            try:
-                os.dup2(self.log.fileno(), 1)
-                os.dup2(self.log.fileno(), 2)
-                sys.stdout, sys.stderr = open(1, "w"), open(2, "w", buffering=1)
-                for number in stops:
-                    signal.signal(number, signal.SIG_DFL)
-                signal.signal(signal.SIGINT, signal.default_int_handler)
-                signal.pthread_sigmask(signal.SIG_UNBLOCK, stops)
-                if gate:
-                    # PR_SET_PTRACER, any: so that strace may attach without being root
-                    ctypes.CDLL(None).prctl(0x59616D61, ctypes.c_ulong(-1), 0, 0, 0)
-                    os.close(gate[1])
-                    os.read(gate[0], 1)
-                job(*job_arguments, ack=lambda number: os.write(write, b"%d\n" % number))
-                sys.stdout.flush()
-                code = 0
-            except SystemExit as leaving:
-                code = leaving.code or 0
-            except BaseException as error:
-                traceback.print_exc()
-                code = 130 if isinstance(error, KeyboardInterrupt) else 1
-            finally:
-                with contextlib.suppress(BaseException):
-                    sys.stdout.flush()
-                os._exit(code)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, stops)
-        os.close(write)
-        self.code = None
+            self.be(job_arguments, gate)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)
 
-    def poll(self):
-        if self.code is None:
+    def be(self, job_arguments, gate):
+        """In the child: the job, and then the end that every Python program comes to."""
+        code = 1
+        try:
+            os.dup2(self.log.fileno(), 1)
+            os.dup2(self.log.fileno(), 2)
+            atexit._clear()     # prove.py's own: they would remove its directory
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)
+            if gate:
+                os.close(gate[1])
+                os.read(gate[0], 1)
+            self.job(*job_arguments)
+            code = 0
+        except SystemExit as leaving:
+            code = leaving.code or 0
+        except BaseException as error:
+            code = 130 if isinstance(error, KeyboardInterrupt) else 1
+            try:
+                sys.excepthook(type(error), error, error.__traceback__)
+            except SystemExit as leaving:
+                code = leaving.code
+        finally:
+            with contextlib.suppress(BaseException):
+                atexit._run_exitfuncs()
+            os._exit(code)
+
+    def wait(self, condition=lambda: False):
+        """Until it has ended or the condition holds. Its exit code, minus the signal's number if
+        one killed it; None if it goes on."""
+        end = time.monotonic() + HANG
+        while self.code is None:
             pid, status = os.waitpid(self.pid, os.WNOHANG)
             if pid:
                 self.code = os.waitstatus_to_exitcode(status)
-        return self.code
-
-    def wait(self):
-        """Its exit code, minus the signal's number if one killed it."""
-        end = time.monotonic() + HANG
-        while self.poll() is None:
-            if time.monotonic() > end:
-                self.kill()
-                raise Lost(f"{self.job.__name__} hangs")
+            elif condition():
+                break
+            assert time.monotonic() < end, f"{self.job.__name__} hangs"
             time.sleep(0.001)
         return self.code
 
     def send(self, number):
-        if self.poll() is None:
+        if self.wait(lambda: True) is None:
             os.kill(self.pid, number)
 
-    def kill(self):
-        self.send(signal.SIGKILL)
-        self.wait_quietly()
-
-    def wait_quietly(self):
-        if self.code is None:
-            self.code = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+    def said(self):
+        """Its log. pread, since the place in the file is one for both of us."""
+        return os.pread(self.log.fileno(), 1 << 24, 0).decode(errors="replace")
 
     def reported(self):
-        """The numbers that it has reported as saved until now."""
-        with contextlib.suppress(BlockingIOError):
-            while data := os.read(self.acks, 65536):
-                self.acked += data
-        return [int(line) for line in self.acked.split(b"\n")[:-1]]
+        return [int(number) for number in re.findall(r"^saved (\d+)\n", self.said(), re.M)]
 
-    def said(self):
-        self.log.seek(0)
-        return self.log.read().decode(errors="replace")
-
-    def close(self):
-        if self.code is None:
-            self.kill()
-        os.close(self.acks)
+    def __exit__(self, *exception):
+        self.send(signal.SIGKILL)
+        self.wait()
         self.log.close()
 
 
-@contextlib.contextmanager
-def child(job, *job_arguments, gate=None):
-    process = Child(job, *job_arguments, gate=gate)
-    try:
-        yield process
-    finally:
-        process.close()
+def ends(job, *job_arguments, codes=(0,)):
+    """Run it to its end, with one of these exit codes. Returns (exit code, what it said)."""
+    with Child(job, *job_arguments) as process:
+        code, said = process.wait(), process.said()
+    assert code in codes, f"{job.__name__} ended with {code}: {said[-300:]}"
+    one_line(said)
+    return code, said
 
-
-def finish(job, *job_arguments):
-    """Run it undisturbed; it must end with 0. Returns what it said."""
-    with child(job, *job_arguments) as process:
-        code = process.wait()
-        must(code == 0, f"the restart ended with {code}: {process.said()[-300:]}")
-        return process.said()
-
-
-# --------------------------------------------------------------------------------------------------
-# What must hold, whatever happened
-
-def whole(path, number):
-    """The file under a final name is the one that was written."""
-    data = path.read_text()
-    state = path.suffix == ".json"
-    right = json.dumps(state_of(number)) if state else content_of(number, number + 10)
-    must(data == right, f"{path.name} is not what was written ({len(data)} of {len(right)} bytes)")
-
-
-def nothing_saved_is_gone(job, out, acked):
-    there = checkpointing.find_checkpoints(out)
-    for number, path in there:
-        whole(path, number)
-    numbers = [number for number, _ in there]
-    if job is pieces_job:
-        must(set(acked) <= set(numbers), f"reported as saved: {acked}, there: {numbers}")
-    elif acked:
-        must(numbers and numbers[-1] >= acked[-1],
-             f"reported as saved: {acked[-1]}, there: {numbers}")
-
-
-def all_done(job, out):
-    """All the work is there, and it verifies."""
-    numbers = [number for number, _ in checkpointing.find_checkpoints(out)]
-    # Killed between the last save and the removal of what is older, a state leaves one more than it
-    # keeps.
-    right = [[0, 10, 20, 30]] if job is pieces_job else [[50, 60], [40, 50, 60]]
-    must(numbers in right, f"not all is there: {numbers}")
-    nothing_saved_is_gone(job, out, [])
-    must(verified(out), "verify finds something bad")
-
-
-def says_complete(out):
-    status = checkpointing.read_progress(out / "PROGRESS.txt").get("Status")
-    must(status == "COMPLETE", f"PROGRESS.txt says {status}")
-
-
-def no_stack_trace(said):
-    if "Traceback" in said:
-        at = [line.strip().partition(" line ")[2] for line in said.splitlines()
-              if re.search("(checkpointing|merge|generate).py", line)]
-        raise Lost(f"a stack trace: {said.strip().splitlines()[-1]} (line {'; '.join(at[-3:])})")
-
-
-def nothing_left_behind(out):
-    left = [name for name in os.listdir(out) if name.endswith((".tmp", ".corrupt"))]
-    must(not left, f"left behind: {left}")
-
-
-def verified(*directories):
-    with contextlib.redirect_stdout(io.StringIO()):
-        return checkpointing.verify(list(map(str, directories))) == 0
-
-
-def progress_is_whole(out):
-    path = out / "PROGRESS.txt"
-    if path.exists():
-        text = path.read_text()
-        must(re.search(r"^Status: (RUNNING|STALLED|INTERRUPTED|FAILED|COMPLETE)$", text, re.M)
-             and re.search(r"^Host: .*\n\Z", text, re.M), "PROGRESS.txt is not whole")
-
-
-# --------------------------------------------------------------------------------------------------
-# System calls: killed before, or failing. The job is half done already, so that reading back is hit
-# as well as saving.
 
 def half_done(job, out):
     """A directory in which another start has done a part of the work."""
-    if job is merge_job:
-        out.mkdir()
-        finish(generate_job, "--n", 40, "--every", 10, "--out", out)
-        return
-    def killed_after_two(ack):
-        reports = []
+    with Child(job, out) as process:
+        process.wait(lambda: len(set(process.reported())) >= 2)
 
-        def report(number):
-            reports.append(number)
-            if len(reports) == 2:
-                os.kill(os.getpid(), signal.SIGKILL)
-        job(out, report)
-    with child(killed_after_two) as process:
-        must(process.wait() == -signal.SIGKILL, f"half done: {process.said()[-300:]}")
+
+# -- What must hold, whatever happened
+
+def index(directory):
+    """{number: path} of the checkpoints: those that have a record, in order."""
+    return {record["start"]: directory / name
+            for name, record in checkpointing.read_records(directory).items()
+            if (directory / name).exists()}
+
+
+def whole(path, number):
+    """The file under a final name is the one that was written."""
+    data = path.read_bytes() if path.exists() else b""
+    if path.suffix == ".pkl":   # may have other bytes
+        data = data and json.dumps(pickle.loads(data)["state"]).encode()
+    assert data == content_of(number), f"{path.name} is not what was written ({len(data)} bytes)"
+
+
+def nothing_is_lost(job, out, reported=()):
+    """What was reported as saved is there and whole, COMPLETE is true. Returns PROGRESS.txt."""
+    there = index(out)
+    for number, path in there.items():
+        whole(path, number)
+    newest = max(reported, default=0) <= max(there, default=0)
+    kept = set(reported) <= there.keys() if job is pieces_job else newest
+    assert kept, f"saved were {reported}, there are {[*there]}"
+    text = (out / "PROGRESS.txt").read_text() if (out / "PROGRESS.txt").exists() else ""
+    assert not text or re.search(r"^Command: .*\n\Z", text, re.M), f"half a PROGRESS.txt: {text}"
+    if job in (program_job, true_program) and "\nStatus: COMPLETE\n" in text:
+        last = out / "last.txt"
+        assert last.exists() and last.read_text().split() == [*map(repr, draws_of(60))], (
+            "COMPLETE stands without the last file of the job")
+    return text
+
+
+def all_is_there(job, out):
+    text, there = nothing_is_lost(job, out), [*index(out)]
+    # Killed before it removed what is older, a state leaves one more than it keeps.
+    states = there[-1:] == [60] and len(there) < 4
+    assert there == [0, 10, 20, 30] if job is pieces_job else states, f"there are only {there}"
+    assert verified(out), "verify finds something bad"
+    return text
+
+
+def comes_to_its_end(job, out):
+    """Started again, it does what is left, and nothing else stays."""
+    ends(job, out)
+    assert "\nStatus: COMPLETE\n" in all_is_there(job, out), "PROGRESS.txt says something else"
+    left = [name for name in os.listdir(out) if name.endswith((".tmp", ".corrupt"))]
+    assert not left, f"left behind: {left}"
+
+
+def one_line(said):
+    assert "Traceback" not in said, f"a stack trace: {said.strip()[-900:]}"
+
+
+def verified(directory):
+    with contextlib.redirect_stdout(io.StringIO()):
+        return runs.verify([str(directory)]) == 0
+
+
+# A part makes one trial in trial.out, a new place, and tells in trial.story what it did. It raises
+# if a promise is broken, and returns False if what was to happen did not come. trial.work and
+# trial.atexit (an ExitStack) are one for all trials.
+
+# -- System calls: killed before, or failing. The job is half done, so that reading back is hit, too
+JOBS = pieces_job, state_job, program_job
 
 
 def traced(job, out, *options):
     """(exit code, what it reported, what it said, lines of strace) of the job under strace."""
-    trace = out.parent / "trace"
-    gate = os.pipe()
-    with child(job, out, gate=gate) as process:
+    trace, gate = out.with_suffix(".trace"), os.pipe()
+    with Child(job, out, gate=gate) as process:
         os.close(gate[0])
-        command = ["strace", "-f", "-y", "-qq", "-s", "0", "-o", trace, "-p", str(process.pid),
-                   *options]
         # Attached, not started by strace: it counts the calls of each thread from here on, so no
         # call of Python's start is hit in place of one of ours.
-        strace = subprocess.Popen(list(map(str, command)), stderr=subprocess.DEVNULL)
-        end = time.monotonic() + HANG
-        status = Path(f"/proc/{process.pid}/status")
-        while "TracerPid:\t0\n" in status.read_text() and time.monotonic() < end:
-            if strace.poll() is not None:
-                raise ToolMissing("strace cannot attach here")
-            time.sleep(0.001)
-        time.sleep(0.002)
+        strace = subprocess.Popen(["strace", "-f", "-y", "-s", "0", "-o", trace, "-p",
+                                   str(process.pid), *options], stderr=subprocess.PIPE)
+        need(b"attached" in strace.stderr.readline(), "a strace that can attach")
         os.close(gate[1])
-        try:
-            code = process.wait()
-        finally:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                strace.wait(5)
-            strace.kill()
-            strace.wait()
-        lines = trace.read_text(errors="replace").splitlines()
-        return code, process.reported(), process.said(), lines
+        code, reported, said = process.wait(), process.reported(), process.said()
+    strace.communicate(timeout=HANG)
+    return code, reported, said, trace.read_text(errors="replace").splitlines()
 
 
-def calls_of(job, base, work):
+@functools.cache
+def calls_of(job, base):
     """[(call, how many-th of its kind in its thread, line)] that touch the run directory."""
-    out = work / "dry"
+    half_done(job, base)
+    out = base.with_suffix(".dry")
     shutil.copytree(base, out)
-    _, _, _, lines = traced(job, out, "-e", "trace=%file,%desc")
-    shutil.rmtree(out)
-    counts, found = {}, []
-    for line in lines:
+    counts, found = {}, {}
+    for line in traced(job, out, "-e", "trace=%file,%desc")[-1]:
         match = re.match(r"(\d+) +(\w+)\(", line)
         if match:
-            counts[match.groups()] = counts.get(match.groups(), 0) + 1
-            if str(out) in line:
-                found.append((match[2], counts[match.groups()], line))
-    # Threads count for themselves: their first openat is hit together with the main thread's first.
-    return sorted({(call, when): (call, when, line) for call, when, line in found}.values())
+            counts[match.groups()] = when = counts.get(match.groups(), 0) + 1
+            # Threads count for themselves: their first openat is hit with the main thread's. lseek
+            # never reaches the disk, and cannot fail on a file.
+            if str(out) in line and match[2] != "lseek":
+                found[match[2], when] = (match[2], when, line)
+    assert len(found) >= 20, f"{job.__name__}: only {len(found)} calls seen; does strace work?"
+    return random.Random(arguments.seed).sample([*found.values()], len(found))
 
 
-JOBS = {pieces_job: "checkpoint", state_job: "state with retention",
-        stubborn_job: "save tried again", merge_job: "merge"}
+def one_call(trial, what):
+    """All calls of each job in turn, in any order, and what happens then."""
+    job, out = JOBS[trial.number % 3], trial.out
+    calls = calls_of(job, base := trial.work / job.__name__)
+    call, when, line = calls[trial.number // 3 % len(calls)]
+    inject = f"inject={call}:{what}:when={when}"
+    trial.story += [job.__name__, inject, line[:200]]
+    shutil.copytree(base, out)
+    before = [*index(out)][0 if job is pieces_job else -1:]
+    code, reported, said, lines = traced(job, out, "-e", f"trace={call}", "-e", inject)
+    hit = [str(out) in line for line in lines if "INJECTED" in line]
+    if code != -9 and not (hit and all(hit)):   # it did not come, or was a print() of the job
+        return False
+    assert code in ((0, 1) if "error" in what else (0, -9)), f"ended with {code}: {said[-300:]}"
+    one_line(said)
+    nothing_is_lost(job, out, before + reported)
+    if code == 0:
+        all_is_there(job, out)
+    comes_to_its_end(job, out)
 
 
-def system_calls(work, moments, deadline, errors):
-    """Trials for each call of each job: an error None kills, another is what the call returns."""
-    plans = []
-    for job in JOBS:
-        base = work / f"base {JOBS[job]}"
-        half_done(job, base)
-        # lseek never reaches the disk, and cannot fail on a file.
-        plan = [(job, base, call, when, error, line)
-                for call, when, line in calls_of(job, base, work) for error in errors
-                if not error or call != "lseek"]
-        must(len(plan) >= 20, f"{JOBS[job]}: only {len(plan)} calls seen; does strace work?")
-        plans += plan
-    moments.shuffle(plans)
-    undisturbed = work / "undisturbed"
-    shutil.copytree(work / "base merge", undisturbed)
-    finish(merge_job, undisturbed)
-    for trial, (job, base, call, when, error, line) in enumerate(plans):
-        if time.monotonic() > deadline:
-            break
-        out = work / str(trial)
-        shutil.copytree(base, out)
-        before = [number for number, _ in checkpointing.find_checkpoints(out)]
-        what = "PROGRESS.txt" if "PROGRESS.txt" in line else JOBS[job]
-        lost = None
-        inject = f"inject={call}:{f'error={error}' if error else 'signal=SIGKILL'}:when={when}"
-        try:
-            code, acked, said, lines = traced(job, out, "-e", f"trace={call}", "-e", inject)
-            if not (code == -9 or any("INJECTED" in line for line in lines)):
-                continue   # that call did not come this time: no trial
-            progress_is_whole(out)
-            if error:
-                must(code in (0, 1), f"ended with {code}: {said[-300:]}")
-                no_stack_trace(said)
-            if job is merge_job:
-                merged_whole(out, undisturbed, code == 0)
-            else:
-                kept = before if job is pieces_job else before[-1:]
-                nothing_saved_is_gone(job, out, kept + acked)
-                if code == 0:
-                    all_done(job, out)
-            finish(job, out)
-            if job is merge_job:
-                merged_whole(out, undisturbed, True)
-            else:
-                all_done(job, out)
-                says_complete(out)
-            nothing_left_behind(out)
-        except Lost as broken:
-            lost = f"{JOBS[job]}, {inject}: {broken} | {line[:200]}"
-        yield what, lost
-        shutil.rmtree(out)
-
-
-def merged_whole(out, undisturbed, must_exist):
-    path = out / "dataset.npz"
-    must(path.exists() or not must_exist, "merge ended with 0 and there is no data set")
-    if path.exists():
-        must(path.read_bytes() == (undisturbed / "dataset.npz").read_bytes(),
-             "the data set is not that of all samples")
-    for number, checkpoint in checkpointing.find_checkpoints(undisturbed):
-        must((out / checkpoint.name).read_bytes() == checkpoint.read_bytes(),
-             f"merge has changed {checkpoint.name}")
-
-
-def kill(work, moments, deadline):
+def kill(trial):
     """killed before a system call on the run directory"""
-    return system_calls(work, moments, deadline, [None])
+    return one_call(trial, "signal=SIGKILL")
 
 
-def fail(work, moments, deadline):
+def fail(trial):
     """a system call on the run directory fails (EIO, ENOSPC, EMFILE, EDQUOT)"""
-    return system_calls(work, moments, deadline, ["EIO", "ENOSPC", "EMFILE", "EDQUOT"])
+    return one_call(trial, "error=" + trial.moments.choice(["EIO", "ENOSPC", "EMFILE", "EDQUOT"]))
 
 
-def order(work, moments, deadline):
+def order(trial):
     """the order of the calls that make a file durable"""
-    for job in (pieces_job, state_job, merge_job):
-        base = work / f"order {JOBS[job]}"
-        half_done(job, base)
-        code, _, said, lines = traced(job, base, "-e",
-                                      "trace=fsync,fdatasync,rename,renameat,renameat2")
-        lost, steps = None, []
-        for line in lines:
-            line = line.replace("<unfinished ...>", "")   # another thread came between
-            match = re.match(r"\d+ +(fsync|fdatasync|rename\w*)\((.*)", line)
-            if not match or re.search("PROGRESS.txt| = -1 ", line):
-                continue
-            names = re.findall(r"[<\"]([^<>\"]+)[>\"]", match[2])
-            step, place = "sync" if "sync" in match[1] else "rename", names[-1]
-            kind = ("record" if place.endswith("jsonl") else "directory" if place == str(base)
-                    else "settings" if "run.json" in place else "file")
-            steps.append(f"{step} {kind}")
-        right = ["sync file", "sync record", "rename file", "sync directory"]
-        if job is merge_job:
-            right.remove("sync record")
-        saves = [i for i, step in enumerate(steps) if step == "rename file"]
-        try:
-            must(code == 0, f"ended with {code}: {said[-300:]}")
-            must(saves, f"no file was renamed into its place: {steps}")
-            for i in saves:
-                begin = i - right.index("rename file")
-                must(begin >= 0 and steps[begin:begin + len(right)] == right,
-                     f"{steps[max(0, begin):i + 2]}, not {right}")
-        except Lost as broken:
-            lost = f"{JOBS[job]}: {broken}"
-        yield JOBS[job], lost
+    job, out, steps = JOBS[trial.number % 3], trial.out, ""
+    half_done(job, out)
+    code, _, said, lines = traced(job, out, "-e", "trace=fsync,fdatasync,rename,renameat,renameat2")
+    assert code == 0, f"ended with {code}: {said[-300:]}"
+    for line in lines:
+        line = line.replace("<unfinished ...>", "")     # another thread came between
+        match = re.match(r"\d+ +f?(?:data)?(sync|rename)\w*\((.*)", line)
+        if match and not re.search("PROGRESS.txt| = -1 ", line):
+            place = re.findall(r"[<\"]([^<>\"]+)[>\"]", match[2])[-1]
+            kind = ("record" if place.endswith("jsonl") else "directory" if place == str(out)
+                    else "checkpoint" if "checkpoint_" in place else "file")
+            steps += f"{match[1]} {kind}, "
+    right = ("sync checkpoint, sync record, rename checkpoint, sync directory, |"
+             "sync file, rename file, sync directory, ")
+    assert "rename" in steps and not re.sub(right, "", steps), f"{steps} must be all of {right}"
 
 
-# --------------------------------------------------------------------------------------------------
-# Power cuts: what the file system has not written is thrown away
+# -- Power cuts: what the file system has not written is thrown away
 
 # EXT4_IOC_SHUTDOWN and XFS_IOC_GOINGDOWN; 2 drops the journal too, 1 flushes it and drops the data
 SHUTDOWN = 0x8004587D
-FILE_SYSTEMS = {"ext4": ("mkfs.ext4", 32 << 20, ""),
-                "ext4 noauto_da_alloc": ("mkfs.ext4", 32 << 20, ",noauto_da_alloc"),
-                "xfs": ("mkfs.xfs", 320 << 20, "")}
+FILE_SYSTEMS = [("mkfs.ext4", "32M", "loop"), ("mkfs.ext4", "32M", "loop,noauto_da_alloc"),
+                ("mkfs.xfs", "320M", "loop")]
 
 
-class Disk:
-    def __init__(self, work, kind):
-        make, size, self.options = FILE_SYSTEMS[kind]
-        name = kind.replace(" ", "_")
-        self.image, self.path = work / f"{name}.image", work / f"{name}.disk"
-        self.path.mkdir()
-        with open(self.image, "wb") as file:
-            file.truncate(size)
-        if not shutil.which(make):
-            raise ToolMissing(f"{make} is not here")
-        subprocess.run([make, "-q", self.image], check=True)
-        try:
-            self.mount()
-        except subprocess.CalledProcessError as error:
-            said = error.stderr.decode().strip()
-            raise ToolMissing(f"a loop device is needed ({said})") from None
-
-    def mount(self):
-        subprocess.run(["mount", "-o", "loop" + self.options, self.image, self.path], check=True,
-                       capture_output=True)
-
-    def unmount(self):
-        end = time.monotonic() + HANG
-        while subprocess.run(["umount", self.path], capture_output=True).returncode:
-            must(time.monotonic() < end, "cannot unmount")
-            time.sleep(0.01)
-
-    def cut_power(self, flag):
-        descriptor = os.open(self.path, os.O_RDONLY)
-        fcntl.ioctl(descriptor, SHUTDOWN, struct.pack("I", flag))
-        os.close(descriptor)
+@functools.cache
+def made_disk(place, make, size, options, atexit):
+    """The command that mounts it."""
+    mount = f"mount -o {options} '{place}.image' '{place}'"
+    made = subprocess.run(["sh", "-ec", f"mkdir '{place}'; truncate -s {size} '{place}.image'; "
+                           f"{make} -q '{place}.image'; {mount}"], stderr=subprocess.PIPE)
+    need(made.returncode == 0, f"{make} and a loop device ({made.stderr.decode().strip()})")
+    atexit.callback(subprocess.run, ["umount", "-l", place])
+    return mount
 
 
-def endless_pieces(out, ack):
-    pieces_job(out, ack, total=10**6)
-
-
-def endless_state(out, ack):
-    state_job(out, ack, total=10**6)
-
-
-def endless_merges(out, ack):
-    """Merge again and again, each time to a new name in the same directory."""
-    for number in range(10**6):
-        sys.argv = ["merge.py", str(out.parent.parent / "merge source"), "--out",
-                    str(out / f"dataset_{number}.npz")]
-        out.mkdir(exist_ok=True)
-        merge.main()
-        ack(number)
-
-
-def endless_results(out, ack):
+def results_job(out, total):
     """Results with nothing after them, whose own sync would hide that one is missing."""
-    out.mkdir(exist_ok=True)
-    for number in range(10**6):
-        checkpointing.write_sealed(out / f"metrics_{number}.json", json.dumps({"number": number}))
-        ack(number)
+    out.mkdir()
+    for number in range(total):
+        checkpointing.write_atomic(out / f"{number}.json", content_of(number))
+        print(f"saved {number}", flush=True)
         time.sleep(0.005)
 
 
-def careless(out, ack):
-    """The control: written and renamed, as most people do it, without a sync."""
-    out.mkdir()
-    for number in range(10**6):
-        (out / "temp").write_text(content_of(number, number + 10))
-        os.rename(out / "temp", out / f"checkpoint_{number}.txt")
-        ack(number)
-        time.sleep(0.002)
-
-
-ENDLESS = [endless_pieces, endless_results, endless_state, endless_merges]
-
-
-def power(work, moments, deadline):
-    """the power is cut at a random moment (two kinds of shutdown)"""
-    if os.geteuid():
-        raise ToolMissing("root (for mount) is needed")
-    source = work / "merge source"
-    finish(generate_job, "--n", 400, "--every", 100, "--out", source)
-    finish(merge_job, source)
-    control_lost, disks = 0, {}
-    try:
-        for kind in FILE_SYSTEMS:
-            disks[kind] = Disk(work, kind)
-        trial = 0
-        while time.monotonic() < deadline or trial < 8 * len(disks):
-            kind = list(disks)[trial % len(disks)]
-            job = ENDLESS[trial // len(disks) % len(ENDLESS)]
-            flag = 1 + trial // (len(ENDLESS) * len(disks)) % 2
-            moment = moments.uniform(0, 0.12)
-            trial += 1
-            lost = None
-            try:
-                control_lost += one_cut(disks[kind], job, flag, moment, source)
-            except Lost as broken:
-                lost = (f"{kind}, shutdown {flag}, {job.__name__}, {moment:.4f} s after the first "
-                        f"save: {broken}")
-            yield kind, lost
-    finally:
-        for disk in disks.values():
-            subprocess.run(["umount", "-l", disk.path], capture_output=True)
-    if not control_lost:
-        yield "control", "the control without sync lost nothing: these power cuts cut nothing"
-    print(f"(a control without fsync, beside the job, lost files in {control_lost} of {trial} "
-          "power cuts)", flush=True)
-
-
-def one_cut(disk, job, flag, moment, source):
-    """One power cut. Returns whether the control lost a file."""
-    out, beside = disk.path / "run", disk.path / "careless"
-    for left in (out, beside):   # by a trial that was lost
-        shutil.rmtree(left, ignore_errors=True)
-    with child(job, out) as process, child(careless, beside) as control:
-        end = time.monotonic() + HANG
-        while not process.reported() and process.poll() is None and time.monotonic() < end:
-            time.sleep(0.001)
+def power(trial):
+    """the power is cut at a random moment (ext4 and xfs, two kinds of shutdown)"""
+    job, kind = (pieces_job, results_job, state_job)[trial.number % 3], trial.number // 3 % 3
+    place, moment = trial.work / f"disk{kind}", trial.moments.uniform(0, 0.12)
+    flag, out = trial.moments.choice([1, 2]), place / f"{trial.number}"
+    trial.story += [str(FILE_SYSTEMS[kind]), job.__name__, f"shutdown {flag} {moment:.4f} s later"]
+    mount = made_disk(place, *FILE_SYSTEMS[kind], trial.atexit)
+    with Child(job, out, 10**6) as process:
+        process.wait(process.reported)
         time.sleep(moment)
-        must(process.poll() is None, f"ended with {process.code}: {process.said()[-300:]}")
-        # What was reported before the cut; afterwards xfs says yes to anything.
-        acked, careless_acked = process.reported(), control.reported()
-        disk.cut_power(flag)
-        process.kill()
-        control.kill()
-    disk.unmount()
-    disk.mount()
-    names = [beside / f"checkpoint_{number}.txt" for number in careless_acked]
-    control_lost = any(not path.exists() or path.stat().st_size == 0 for path in names)
-    if job is endless_results:
-        for number in acked:
-            path = out / f"metrics_{number}.json"
-            must(path.exists(), f"{path.name} was reported as written and is gone")
-            must(json.loads(path.read_bytes())["number"] == number, f"{path.name} is not whole")
-    elif job is endless_merges:
-        right = (source / "dataset.npz").read_bytes()
-        for path in out.glob("dataset_*.npz"):
-            must(path.read_bytes() == right,
-                 f"{path.name} is not whole: {path.stat().st_size} bytes")
-        for number in acked:
-            must((out / f"dataset_{number}.npz").exists(),
-                 f"dataset_{number}.npz was reported as written and is gone")
+        reported = process.reported()   # before the cut; afterwards xfs says yes to anything
+        assert process.code is None, f"ended with {process.code}: {process.said()[-300:]}"
+        descriptor = os.open(out, os.O_RDONLY)
+        fcntl.ioctl(descriptor, SHUTDOWN, flag.to_bytes(4, sys.byteorder))
+        os.close(descriptor)
+    again = f"until umount '{place}' 2> /dev/null; do sleep 0.01; done; {mount}"
+    subprocess.run(["sh", "-ec", again], check=True, timeout=HANG)
+    if job is results_job:
+        for number in reported:
+            whole(out / f"{number}.json", number)
     else:
-        nothing_saved_is_gone(pieces_job if job is endless_pieces else state_job, out, acked[-2:])
-        with child(job, out) as process:   # it goes on, and leaves when asked
-            end = time.monotonic() + HANG
-            while not process.reported() and process.poll() is None and time.monotonic() < end:
-                time.sleep(0.001)
-            process.send(signal.SIGTERM)
-            code = process.wait()
-            must(code == 143, f"the restart ended with {code}: {process.said()[-300:]}")
-            must(process.reported()[0] > (acked[-1] if acked else -1),
-                 "the restart did work again that was saved")
-    must(verified(out), "verify finds something bad")
-    if job in (endless_pieces, endless_state):   # there was a restart, which sweeps
-        nothing_left_behind(out)
-    for used in (out, beside):   # even its name may be lost with the control
-        shutil.rmtree(used, ignore_errors=True)
-    os.sync()
-    return control_lost
+        nothing_is_lost(job, out, reported[-2:])
+        with Child(job, out, 10**6) as process:
+            process.wait(process.reported)
+            assert process.reported()[:1] > reported[-1:], f"not from there: {process.said()[-99:]}"
+    assert verified(out), "verify finds something bad"
+    shutil.rmtree(out)
 
 
-# --------------------------------------------------------------------------------------------------
-# Rot: bits that flip, sectors that turn to zero, ends that are cut off, in any file there is
+# -- Rot: bits that flip, sectors that turn to zero, ends that are cut off, in any file there is
 
-def damaged(data, moments):
-    """Other bytes than `data`; what was done to it."""
-    at = moments.randrange(len(data))
-    kind = moments.choice(["bit", "bit", "bit", "zeros", "cut", "longer"])
-    if kind == "bit":
-        bad = data[:at] + bytes([data[at] ^ 1 << moments.randrange(8)]) + data[at + 1:]
-    elif kind == "zeros":
-        bad = data[:at] + bytes(len(data[at:at + 512])) + data[at + 512:]
-    else:
-        bad = data[:at] if kind == "cut" else data + data[at:at + 1]
-    return (bad, f"{kind} at {at}") if bad != data else damaged(data, moments)
+def damage(path, moments):
+    """Change some bytes. Returns what was done."""
+    data = path.read_bytes()
+    at, kind = moments.randrange(len(data)), moments.choice(["bit"] * 3 + ["zeros", "cut", "more"])
+    flipped = bytes([data[at] ^ 1 << moments.randrange(8)])
+    zeros = bytes(len(data[at:at + 512]))
+    bad = {"bit": data[:at] + flipped + data[at + 1:], "zeros": data[:at] + zeros + data[at + 512:],
+           "cut": data[:at], "more": data + flipped}[kind]
+    path.write_bytes(bad)
+    return f"{kind} at {at} of {path.name}" if bad != data else damage(path, moments)
 
 
-LASTING, CHANGING = (".npz", ".pt", ".txt", ".json"), ("run.json", "PROGRESS.txt")
+@functools.cache
+def finished(work):
+    """{directory: the jobs that made what is in it}"""
+    steps = {work / job.__name__: [job] for job in JOBS}
+    steps[work / "data set"] = [generate_job, merge_job]
+    for directory, jobs in steps.items():
+        for job in jobs:
+            ends(job, directory)
+    generate.np.savez(work / "data set" / "videos.npz", videos=generate.np.arange(2000))
+    (work / "data set" / "metrics.json").write_text(json.dumps({"accuracy": [1, 2.5, None]}))
+    return steps
 
 
-def rot(work, moments, deadline):
-    """rot: a bit flipped, a sector zeroed, an end cut off"""
-    jobs = {job: work / job.__name__ for job in (pieces_job, state_job)}
-    for job, out in jobs.items():
-        finish(job, out)
-    data_set = work / "generate"
-    again = ["--n", 120, "--every", 40, "--out", data_set]
-    finish(generate_job, *again)
-    finish(merge_job, data_set)
-    model = io.BytesIO()
-    with zipfile.ZipFile(model, "w") as archive:   # as torch.save makes them
-        for name in ("data.pkl", "data/0", "data/1", "version"):
-            archive.writestr(f"model/{name}", os.urandom(2000))
-    (work / "results").mkdir()
-    checkpointing.write_sealed(work / "results" / "best_model.pt", model.getvalue(), note="seed 1")
-    checkpointing.write_sealed(work / "results" / "metrics.json",
-                               json.dumps({"accuracy": 0.5, "table": [1, 2.5, None]}))
-
-    places = [(directory, path) for directory in [*jobs.values(), data_set, work / "results"]
-              for path in sorted(directory.iterdir()) if path.is_file() and path.stat().st_size]
-    trial = 0
-    while time.monotonic() < deadline or trial < 2 * len(places):
-        directory, path = places[trial % len(places)]
-        trial += 1
-        keep = {p.name: p.read_bytes() for p in directory.iterdir()}
-        bad, how = damaged(keep[path.name], moments)
-        lost = None
-        try:
-            path.write_bytes(bad)
-            if path.suffix in LASTING and path.name not in CHANGING:
-                must(not verified(directory), "verify calls it whole")
-            if directory == work / "results":
-                continue
-            restart_after_rot(directory, path, keep, jobs, again)
-        except Lost as broken:
-            lost = f"{directory.name}/{path.name}, {how}: {broken}"
-        finally:
-            for p in directory.iterdir():
-                p.unlink()
-            for name, data in keep.items():
-                (directory / name).write_bytes(data)
-            yield ("checkpoints" if path.name.startswith("checkpoint_") else path.name), lost
-
-
-def restart_after_rot(directory, path, keep, jobs, again):
-    """The same command again gives the very bytes back, or says why not and changes nothing."""
-    job = next((job for job, place in jobs.items() if place == directory), None)
-    for step in [job] if job else [lambda out, ack: generate_job(*again, ack=ack), merge_job]:
-        with child(step, directory) as process:
-            code, said = process.wait(), process.said()
-        no_stack_trace(said)
-        must(code in (0, 1, 2), f"ended with {code}: {said[-300:]}")
+def rot(trial):
+    """a bit flipped, a sector zeroed, an end cut off, in any file of a run"""
+    base, jobs = [*finished(trial.work).items()][trial.number % 4]
+    shutil.copytree(base, trial.out)
+    keep = {path.name: path.read_bytes() for path in trial.out.iterdir()}
+    name = trial.moments.choice(sorted(name for name in keep if keep[name]))
+    trial.story += [base.name, damage(trial.out / name, trial.moments)]
+    good, bad = keep[name], (trial.out / name).read_bytes()
+    # Of a zip file not all is seen: these bytes are data of its first member. Of .json a lost end.
+    seen = (name.startswith("checkpoint_") or name == "metrics.json" and good.startswith(bad)
+            or name == "videos.npz" and good[500:5000] != bad[500:5000])
+    assert not verified(trial.out) or not seen, "verify calls it whole"
+    # The same command again gives the very bytes back, or says why not and changes nothing.
+    for job in jobs:
+        code, said = ends(job, trial.out, codes=(0, 1, 2))
         if code:
-            must(path.name in said, f"refused without naming {path.name}: {said[-300:]}")
-            may = ("run.json", "dataset.npz")
-            if "no checkpoint is good" in said:   # all records gone: nothing vouches for a state
-                may = ("checkpoints.jsonl",)
-            must(path.name in may, f"could not go on: {said[-300:]}")
-            changed = [name for name, data in keep.items()
-                       if name not in (path.name, "PROGRESS.txt", ".lock")
-                       and (directory / name).read_bytes() != data]
-            must(not changed, f"refused, and yet changed {changed}")
+            # all records gone: nothing vouches for a state
+            all_bad = name == "checkpoints.jsonl" and "no checkpoint is good" in said
+            assert name in said and (all_bad or name in ("run.json", "dataset.npz")), (
+                f"ended with {code}: {said[-300:]}")
+            changed = [other for other in keep.keys() - {name, "PROGRESS.txt", ".lock"}
+                       if (trial.out / other).read_bytes() != keep[other]]
+            assert not changed, f"refused, and yet changed {changed}"
             return
-    for name, right in keep.items():
-        # A state checkpoint other than the newest is no result: it may be set aside, or stay as it
-        # is and be seen later.
-        old = job is state_job and name == min(n for n in keep if n.startswith("checkpoint_0"))
-        if name.endswith(LASTING) and name not in CHANGING and not old:
-            must((directory / name).exists(), f"{name} was not made again")
-            must((directory / name).read_bytes() == right, f"{name} was altered and is used")
+    saved = sorted(name for name in keep if name.startswith("checkpoint_"))
+    if job in (state_job, program_job):     # of states, the newest alone is the result
+        del saved[:-1]
+    for name in keep.keys() & {*saved, "dataset.npz", "last.txt"}:
+        if name.endswith(".pkl"):
+            whole(trial.out / name, 60)
+        else:   # not made again, or altered and used
+            assert (trial.out / name).read_bytes() == keep[name], f"{name} is another one"
 
 
-# --------------------------------------------------------------------------------------------------
-# Several starts at once, signals, and histories
-
-def logging_job(out, ack):
-    """Every step is noted as it is done, so that work done twice shows."""
-    with checkpointing.Run(out, 100, every=10, suffix=".json", heartbeat=0.03, keep=2) as run:
-        state = run.load(json.load, default=[])
-        for i in run.steps(lambda file: file.write(json.dumps(state).encode())):
-            ack(i)
-            time.sleep(0.001)
-            state.append(i)
+def unloadable(trial):
+    """a state that was written and cannot be loaded: after the first step, not at the restart"""
+    state = "type('Any', (), {'__reduce__': lambda self: (int, ('not a number',))})()"
+    _, said = ends(program_job, trial.out, state, codes=(1,))
+    assert "cannot be loaded again" in said and said.count("saved 0") == 1, said[-300:]
+    assert not index(trial.out), "it was kept"
+    comes_to_its_end(program_job, trial.out)
 
 
-def logged_state(out):
-    found = checkpointing.find_checkpoints(out)
-    must(found, "nothing is saved")
-    state = json.loads(found[-1][1].read_bytes())
-    must(state == list(range(len(state))), "the state is wrong")
-    return len(state)
+# -- Several starts at once, signals, and histories
 
-
-def starts(work, moments, deadline):
+def starts(trial):
     """started several times at once"""
-    trial = 0
-    while time.monotonic() < deadline or trial < 3:
-        out, number = work / str(trial), moments.randint(2, 8)
-        trial += 1
-        lost = None
-        with contextlib.ExitStack() as stack:
-            gate = os.pipe()
-            processes = [stack.enter_context(child(logging_job, out, gate=gate))
-                         for _ in range(number)]
-            os.close(gate[0])
-            os.close(gate[1])   # the word go, for all of them
-            try:
-                codes = sorted(process.wait() for process in processes)
-                steps = [i for process in processes for i in process.reported()]
-                must(sorted(steps) == list(range(100)), f"{len(steps)} steps were done, of 100")
-                must(codes[0] == 0 and set(codes) <= {0, 75}, f"exit codes {codes}")
-                must(logged_state(out) == 100, "not complete")
-            except Lost as broken:
-                lost = f"{number} at once: {broken}"
-        yield "state", lost
+    number = trial.moments.randint(2, 8)
+    trial.story += [f"{number} at once"]
+    with contextlib.ExitStack() as stack:
+        gate = os.pipe()
+        processes = [stack.enter_context(Child(state_job, trial.out, gate=gate))
+                     for _ in range(number)]
+        os.close(gate[0])
+        os.close(gate[1])   # the word go, for all of them
+        codes = sorted(process.wait() for process in processes)
+        saves = sorted(number for process in processes for number in process.reported())
+    assert codes[0] == 0 and set(codes) <= {0, 75}, f"exit codes {codes}"
+    assert saves == sorted(set(saves)), f"work was done twice: {saves}"
+    comes_to_its_end(state_job, trial.out)
 
 
-def signals(work, moments, deadline):
-    """stopped by SIGINT, SIGTERM or SIGHUP, once or twice, or killed"""
-    trial = 0
-    while time.monotonic() < deadline or trial < 12:
-        out = work / str(trial)
-        trial += 1
-        lost, steps, story = None, [], []
-        try:
-            code = None
-            while code != 0:
-                number = moments.choice([signal.SIGINT, signal.SIGTERM, signal.SIGHUP,
-                                         signal.SIGKILL])
-                moment, twice = moments.uniform(0, 0.1), moments.random() < 0.3
-                story.append(f"{number.name}{' twice' * twice} after {moment:.4f} s")
-                with child(logging_job, out) as process:
-                    time.sleep(moment)
-                    process.send(number)
-                    if twice:
-                        process.send(number)
-                    code = process.wait()
-                    done, said = process.reported(), process.said()
-                steps += done
-                must(code in (0, -number, 128 + number), f"ended with {code}: {said[-300:]}")
-                if done and number != signal.SIGKILL:
-                    if code == -number:   # after its last word: the signal is no longer caught
-                        says_complete(out)
-                    must(logged_state(out) == done[-1] + 1,
-                         f"{done[-1] + 1} steps done, {logged_state(out)} saved")
-                    no_stack_trace(said)
-            must(logged_state(out) == 100 and set(steps) == set(range(100)), "not complete")
-            nothing_left_behind(out)
-        except Lost as broken:
-            lost = f"{'; '.join(story)}: {broken}"
-        yield "state", lost
-        shutil.rmtree(out, ignore_errors=True)
+def moved(trial):
+    """its directory was moved away, and another run stands there"""
+    out, new = trial.out, trial.work / f"new {trial.number}"
+    ends(state_job, new)
+    with Child(state_job, out, 10**6) as process:
+        process.wait(process.reported)
+        os.rename(out, trial.work / f"old {trial.number}")
+        os.rename(new, out)
+        last = process.reported()[-1]
+        process.wait(lambda: process.reported()[-1] > last + 100)
+        code, said = process.code, process.said()
+    assert code == 1 and "moved or replaced" in said, f"it ended with {code}: {said[-300:]}"
+    assert f"\nPID: {process.pid}\n" not in nothing_is_lost(state_job, out), "another PROGRESS.txt"
+    comes_to_its_end(state_job, out)
 
 
-def histories(work, moments, deadline):
+def signals(trial):
+    """stopped by SIGINT, SIGTERM or SIGHUP, once or twice, or killed; with a block and without"""
+    job, *more = [(state_job,), (state_job, 60, STOPS), (true_program,)][trial.number % 3]
+    trial.story += [f"{job.__name__} {more}"]
+    out, moments = trial.out, trial.moments
+    for _ in range(moments.randint(1, 6)):
+        number = moments.choice([*STOPS, signal.SIGKILL])
+        times, late = moments.choice([1, 1, 2]), moments.random() < 0.4
+        moment = moments.uniform(0, 0.04)
+        trial.story += [f"{number.name} * {times} {moment:.4f} s after "
+                        f"{'its last save' if late else 'it began'}"]
+        with Child(job, out, *more) as process:
+            process.wait(lambda: 60 in process.reported() or not late and process.said())
+            time.sleep(moment)
+            for _ in range(times):
+                process.send(number)
+            code, reported, said = process.wait(), process.reported(), process.said()
+        assert code in (0, -number, 128 + number), f"ended with {code}: {said[-300:]}"
+        text = nothing_is_lost(job, out, reported)
+        if number != signal.SIGKILL and times == 1 and min(reported, default=60) < 60:
+            assert re.search("Status: (INTERRUPTED|COMPLETE)", text), f"it says {text[:100]!r}"
+        if number != signal.SIGKILL and (number != signal.SIGINT or STOPS in more):
+            one_line(said)
+            done = re.search(r"^Progress: (\d+)/", text, re.M)
+            assert not done or int(done[1]) == max(index(out), default=0), (
+                f"{done and done[1]} steps were done, saved are {[*index(out)]}")
+    comes_to_its_end(job, out)
+
+
+def histories(trial):
     """random histories of run, kill, stop, rot, loss, other --every, shards, extension, restart"""
-    known, trial = {}, 0
-    while time.monotonic() < deadline or trial < 4:
-        out = work / str(trial)
-        trial += 1
-        lost, story = None, []
-        try:
-            n = one_history(out, moments, story)
-            if n not in known:
-                calm = work / f"undisturbed {n}"
-                finish(generate_job, "--n", n, "--out", calm)
-                finish(merge_job, calm)
-                known[n] = (calm / "dataset.npz").read_bytes()
-            finish(merge_job, out)
-            must((out / "dataset.npz").read_bytes() == known[n],
-                 "other bytes than those of an undisturbed run")
-            must(verified(out), "verify finds something bad")
-        except Lost as broken:
-            lost = f"{'; '.join(story)}: {broken}"
-        yield "data set", lost
-        shutil.rmtree(out, ignore_errors=True)
-
-
-def one_history(out, moments, story):
-    """Make a data set the hard way. Returns how many samples it has."""
-    shards = moments.choice([0, 0, 2, 3])
-    n = moments.choice([400, 700, 1000])
+    moments, out = trial.moments, trial.out
+    shards, n = moments.choice([0, 0, 2, 3]), moments.choice([400, 700, 1000])
     parts = [("--shard", f"{i}/{shards}") for i in range(1, shards + 1)] or [()]
-    for _ in range(moments.randint(3, 9)):
-        act = moments.choice(["kill", "kill", "stop", "run", "rot", "lose", "extend"])
-        part = moments.choice(parts)
-        every = moments.choice([7, 30, 100, 250])
+    acts = moments.choices(["kill", "stop", "finish", "rot", "lose", "extend"], [2, 1, 1, 1, 1, 1],
+                           k=moments.randint(3, 9))
+    for act, part in [*((act, moments.choice(parts)) for act in acts),
+                      *(("finish", part) for part in parts)]:
         place = out / f"shard_{part[1].replace('/', '_of_')}" if part else out
-        files = [path for _, path in checkpointing.find_checkpoints(place)]
-        if act in ("kill", "stop", "run"):
-            story.append(f"{act} {' '.join(part)} --every {every} --n {n}")
-            with child(generate_job, "--n", n, "--every", every, "--out", out, *part) as process:
-                if act != "run":
-                    time.sleep(moments.uniform(0, 0.08))
-                    process.send(signal.SIGKILL if act == "kill" else signal.SIGTERM)
-                code = process.wait()
-                must(code in (0, -9, -15, 143) and "Traceback" not in process.said(),
-                     f"ended with {code}: {process.said()[-300:]}")
-        elif act == "rot" and len(files) >= 2:
-            # of the last good one a run rightly says that nothing is left
-            path = moments.choice(files)
-            bad, how = damaged(path.read_bytes(), moments)
-            story.append(f"rot {path.name} {how}")
-            path.write_bytes(bad)
-        elif act == "lose" and files:
-            path = moments.choice([*files, place / "PROGRESS.txt", place / "checkpoints.jsonl",
-                                   place / ".lock"])
-            story.append(f"lose {path.name}")
-            path.unlink(missing_ok=True)
+        files, every = [*index(place).values()], moments.choice([30, 100, 250])
+        trial.story += [f"{act} {' '.join(part)} --n {n} --every {every}"]
+        if act == "rot" and len(files) > 1:     # one stays good, or it says that all are bad
+            trial.story += [damage(moments.choice(files[1:]), moments)]
+        elif act == "lose" and len(files) > 1:
+            lost = moments.choice([*files[1:], place / "PROGRESS.txt", place / ".lock"])
+            lost.unlink(missing_ok=True)
+            trial.story += [lost.name]
         elif act == "extend" and not shards:
             n += 300
-            story.append(f"extend to {n}")
-    for part in parts:
-        every = moments.choice([30, 100, 250])
-        story.append(f"finish {' '.join(part)} --every {every} --n {n}")
-        place = out / f"shard_{part[1].replace('/', '_of_')}" if part else out
-        files = [path for _, path in checkpointing.find_checkpoints(place)]
-        records = checkpointing.read_records(place)
-        if files and all(checkpointing.problem_with(path, records.get(path.name))
-                         for path in files):
-            with child(generate_job, "--n", n, "--every", every, "--out", out, *part) as process:
-                must(process.wait() == 1 and "no checkpoint is good" in process.said(),
-                     "all are bad, and it started over")
-            for path in files:
-                path.unlink()   # as the message says
-        finish(generate_job, "--n", n, "--every", every, "--out", out, *part)
-    return n
+        elif act == "finish":
+            ends(generate_job, out, n, every, *part)
+        elif act in ("kill", "stop"):
+            with Child(generate_job, out, n, every, *part) as process:
+                time.sleep(moments.uniform(0, 0.08))
+                process.send(signal.SIGKILL if act == "kill" else signal.SIGTERM)
+                assert process.wait() in (0, -9, -15, 143), f"{process.code}: {process.said()}"
+                one_line(process.said())
+    calm = trial.work / f"undisturbed {n}"
+    if not calm.exists():
+        ends(generate_job, calm, n)
+        ends(merge_job, calm)
+    ends(merge_job, out)
+    assert (out / "dataset.npz").read_bytes() == (calm / "dataset.npz").read_bytes(), (
+        "other bytes than those of an undisturbed run")
+    assert verified(out), "verify finds something bad"
 
-
-# --------------------------------------------------------------------------------------------------
 
 # Each with its share of the time.
-PARTS = {order: 1, kill: 12, fail: 28, power: 20, rot: 12, starts: 4, signals: 6, histories: 17}
-ON = {"data set": "generate.py and merge.py", "state": "state", "control": "control"}
+PARTS = {order: 1, kill: 12, fail: 28, power: 20, rot: 12, unloadable: 1, starts: 4, moved: 2,
+         signals: 8, histories: 17}
 
 
-def prove(part, seconds, seed):
-    """{what: [trials, losses]} of one part; says each loss."""
-    tally = {}
-    with tempfile.TemporaryDirectory(prefix="prove-") as work:
-        deadline = time.monotonic() + seconds
-        for what, lost in part(Path(work), random.Random(f"{part.__name__} {seed}"), deadline):
-            counts = tally.setdefault(what, [0, 0])
-            counts[0] += 1
-            if lost:
-                counts[1] += 1
-                print(f"LOST in {part.__name__} (--part {part.__name__} --seed {seed}): {lost}",
-                      flush=True)
-                if arguments.first:
-                    break
-    return tally
+def prove(part, seconds):
+    """(trials, losses) of one part; says each loss."""
+    count, losses, end = 0, 0, time.monotonic() + seconds
+    moments = random.Random(f"{part.__name__} {arguments.seed}")
+    with tempfile.TemporaryDirectory(prefix="prove-") as work, contextlib.ExitStack() as stack:
+        for number in range(10**9):
+            trial = argparse.Namespace(work=Path(work), out=Path(work, f"trial {number}"),
+                                       number=number, moments=moments, story=[], atexit=stack)
+            try:
+                count += part(trial) is not False
+            except Exception as broken:
+                count, losses = count + 1, losses + 1
+                print(f"LOST in {part.__name__} (--part {part.__name__} --seed {arguments.seed}): "
+                      f"{'; '.join(trial.story)}: {broken!r}", file=sys.stderr, flush=True)
+            shutil.rmtree(trial.out, ignore_errors=True)
+            if losses and arguments.first or count >= 3 and time.monotonic() > end:
+                return count, losses
 
 
 def main():
-    parts = [part for part in PARTS if not arguments.part or part.__name__ in arguments.part]
-    if len(parts) < len(set(arguments.part or [])):
-        parser.error(f"--part must be of {', '.join(part.__name__ for part in PARTS)}")
-    share = arguments.minutes * 60 / sum(PARTS[part] for part in parts)
-    if not shutil.which("strace"):
-        print("prove: strace is not here", file=sys.stderr)
-        return 3
-    print(f"seed {arguments.seed}", flush=True)
-    rows, losses, all_trials = [], 0, 0
+    parts = [part for part in PARTS if arguments.part in (None, part.__name__)]
+    need(parts, f"--part of {', '.join(part.__name__ for part in PARTS)}")
+    need(shutil.which("strace"), "strace")
+    print("| what was broken | how often | losses |\n|---|---|---|", flush=True)
+    counts = []
     for part in parts:
-        began = time.monotonic()
-        try:
-            tally = prove(part, arguments.seconds or share * PARTS[part], arguments.seed)
-        except ToolMissing as error:
-            print(f"prove: {part.__name__}: {error}", file=sys.stderr)
-            return 3
-        trials, lost = (sum(counts[i] for counts in tally.values()) for i in (0, 1))
-        losses, all_trials = losses + lost, all_trials + trials
-        print(f"({part.__name__}: {trials} trials, {lost} lost, {time.monotonic() - began:.0f} s)",
-              flush=True)
-        on = ", ".join(f"{ON.get(what, what)}{f' {count}' if len(tally) > 1 else ''}"
-                       for what, (count, _) in sorted(tally.items()))
-        rows.append(f"| {part.__doc__} | {on} | {trials:,} | {lost} |")
-    print("\n| what was broken | on what | how often | losses |\n|---|---|---|---|")
-    print("\n".join(rows))
-    print(f"| **all** | | **{all_trials:,}** | **{losses}** |")
+        seconds = arguments.minutes * 60 * PARTS[part] / sum(PARTS[part] for part in parts)
+        counts.append(prove(part, seconds))
+        print(f"| {part.__doc__} | {counts[-1][0]:,} | {counts[-1][1]} |", flush=True)
+    trials, losses = map(sum, zip(*counts))
+    print(f"| **all** | **{trials:,}** | **{losses}** |")
     return 1 if losses else 0
 
 

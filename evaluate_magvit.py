@@ -7,30 +7,39 @@ Prints a table and leaves metrics.json. Beside every figure stands what a method
 or the real videos themselves, would get. Of the set, the tenth that training never saw is
 measured; the part it trained on serves the nearest neighbours and the judge of generated videos.
 """
+from settings import option, parse_settings     # first: see there
+
+import contextlib
 import json
 import math
+import operator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
 
 import checkpointing
+import magvit
 import report
-from checkpointing import CheckpointError
-from settings import option, parse_settings
+import videos
+from checkpointing import WRONG_SETTINGS, CheckpointError
+from videos import LIT, TEST, TRAIN, decibels
 
 MANY, FEW = 4000, 1000  # test videos measured at most; the fewer where each is sampled
 SAMPLES = 8             # drawn for a generated video; the surest is kept, the first is the unchosen
-BATCH = {"reconstruction": 200, "judge": 100, "generation": 100, "prediction": 100}
 JUDGE_BATCH = 128
 JUDGE_STEPS = 1500      # at most
+MAPS = 8                # keypoints of the judge
+GOOD_JUDGE = 0.9        # right on so many real videos; what a worse one says proves nothing
 
 
 @dataclass
 class Settings:
     model: str = option("results/magvit_training/best_model.pt", "of train_magvit.py")
-    data: str = option("results/dataset.npz", "an .npz with videos and labels, or a run directory "
-                       "of generate.py")
+    data: str = option("results/dataset.npz", "an .npz with labels, or a run of generate.py")
     out: str = option("", "directory for metrics.json; evaluation beside the model if not given")
     device: str = option("auto", "cuda, cpu or mps; auto is cuda if there is one, else cpu")
     seed: int = option(0, "of the samples and of the judge")
@@ -39,51 +48,54 @@ class Settings:
 
 
 def main():
-    evaluate(parse_settings(Settings, "Measure a model on a labelled set.")[1])
-
-
-def import_torch():
-    """It takes seconds, in which --help has answered and PROGRESS.txt shows the run."""
-    global magvit, torch, F
-    import magvit
-    import torch
-    import torch.nn.functional as F
+    parser, settings = parse_settings(Settings, "Measure a model on a labelled set.")
+    if not (settings.heartbeat > 0 and settings.max_minutes > 0 and 0 <= settings.seed < 2**63):
+        parser.error("--heartbeat and --max-minutes must be above 0, --seed from 0 to 2^63 - 1")
+    evaluate(settings)
 
 
 def evaluate(settings, data=None):
-    """Measure, part by part, from wherever it was; print the table."""
+    """Measure, part by part, from wherever it was; leave metrics.json and print its table."""
     out = Path(settings.out or Path(settings.model).parent / "evaluation")
-    run = checkpointing.Run(out, suffix=".pt", title="MAGVIT evaluation", unit="passes", keep=1,
-                            max_minutes=settings.max_minutes, heartbeat=settings.heartbeat)
-    with run:
-        import_torch()
-        device = magvit.open_device(settings.device)
-        model = magvit.Magvit.load(settings.model, device)
-        data = data or magvit.load_data(settings.data)
-        check_fit(model, data, settings.data)
-        part, digest = magvit.checked_split(data)
+    with checkpointing.one_line_errors():
+        model = magvit.Magvit.load(settings.model, magvit.open_device(settings.device))
+        data = data or videos.load(settings.data)
+        shape, count = tuple(data.videos.shape[1:]), len(data.classes)
+        if shape != model.shape or count != len(model.classes):
+            raise CheckpointError(f"{settings.data}: {count} classes of {shape}; this model takes "
+                                  f"{model.shape}, {', '.join(model.classes)}", WRONG_SETTINGS)
+        part, digest = videos.checked_split(data)
         bench = Bench(model, data, part, settings.seed)
-        jobs = jobs_of(bench)
-        run.plan(sum(cost for *_, cost in jobs), {
-            "model": checkpointing.sha256(settings.model), "data": digest, "seed": settings.seed})
-        state = run.load(lambda file: torch.load(file, map_location="cpu", weights_only=True),
-                         {"rows": {}, "judge": None})
-        called_again = run.done >= run.total
-        metrics = work(run, bench, jobs, state, out)
-        checkpointing.tell(table(metrics))
-        for warning in metrics["warnings"]:
-            checkpointing.tell(f"WARNING: {warning}")
-    if not called_again:
-        report.refresh(out, force=True)
-
-
-def check_fit(model, data, path):
-    if tuple(data.videos.shape[1:]) != model.shape:
-        raise CheckpointError(f"{path}: videos of (T, C, H, W) = {tuple(data.videos.shape[1:])}; "
-                              f"this model takes {model.shape}", checkpointing.WRONG_SETTINGS)
-    if len(data.classes) != len(model.classes):
-        raise CheckpointError(f"{path}: {len(data.classes)} classes; this model knows "
-                              f"{', '.join(model.classes)}", checkpointing.WRONG_SETTINGS)
+        decisive = {"model": checkpointing.sha256(settings.model), "data": digest,
+                    "seed": settings.seed}
+    jobs = jobs_of(bench)
+    run = checkpointing.Run(out, jobs[-1][-1], suffix=".pt", title="MAGVIT evaluation", keep=1,
+                            unit="passes", settings=decisive, max_minutes=settings.max_minutes,
+                            heartbeat=settings.heartbeat, signals=checkpointing.ALL_SIGNALS)
+    with contextlib.ExitStack() as afterwards, run:
+        afterwards.callback(lambda: run.begun and report.refresh(out, force=True))
+        state = run.load({"rows": {}, "judge": None}, read=lambda file: torch.load(
+            file, map_location="cpu", weights_only=True))
+        for part, first, last, done in jobs:
+            if done <= run.done:
+                continue
+            run.update(run.done, Phase=part)
+            if part == "judge":
+                state["judge"] = train_judge(bench, state["judge"], first, last)
+            else:
+                with torch.no_grad():
+                    found = MEASURES[part](bench, state["judge"], first, last)
+                for name, values in found.items():
+                    state["rows"].setdefault(part, {}).setdefault(name, []).append(values.cpu())
+            run.tick(done, write=lambda file: file.write(magvit.saved(state)))
+            report.refresh(out)
+        metrics = figures(bench, state)     # again, if the file is damaged or gone
+        path, text = out / "metrics.json", json.dumps(metrics, indent=1) + "\n"
+        if not path.is_file() or path.read_bytes() != text.encode():
+            run.update(run.total, Warning="; ".join(metrics["warnings"]) or "none")
+            checkpointing.write_atomic(path, text)
+        for line in table(metrics):
+            checkpointing.tell(line)
 
 
 class Bench:
@@ -91,74 +103,36 @@ class Bench:
 
     def __init__(self, model, data, part, seed):
         self.model, self.seed, self.device = model, seed, model.device
-        self.videos = magvit.Videos(data.videos, self.device)
+        self.videos = magvit.DeviceVideos(data.videos, self.device)
         self.labels = torch.from_numpy(data.labels).to(self.device)
-        self.training = torch.from_numpy(np.flatnonzero(part == magvit.TRAIN)).to(self.device)
-        self.many, self.few = (self.chosen(data.labels, part, most) for most in (MANY, FEW))
+        self.training = torch.from_numpy(np.flatnonzero(part == TRAIN)).to(self.device)
         self.given = model.shape[0] // 2
-
-    def chosen(self, labels, part, most):
-        """Numbers of at most `most` test videos, the same number of each class."""
-        each = most // len(self.model.classes)
-        index = [np.flatnonzero((part == magvit.TEST) & (labels == k))[:each]
-                 for k in np.unique(labels)]
-        return torch.from_numpy(np.concatenate(index)).to(self.device)
+        self.judge_steps = min(JUDGE_STEPS, 20 * max(1, len(self.training) // JUDGE_BATCH))
+        test = [np.flatnonzero((part == TEST) & (data.labels == k)) for k in np.unique(data.labels)]
+        self.many, self.few = (     # numbers of test videos, as many of each class
+            torch.from_numpy(np.concatenate([numbers[:most // len(test)] for numbers in test])).to(
+                self.device) for most in (MANY, FEW))
 
 
 def jobs_of(bench):
-    """[(part, first, last, cost)]: the work in pieces of seconds. A cost is about that of so many
-    passes of a video through the transformer, so that the progress is honest."""
-    elements = bench.model.shape[0] * bench.model.places
-    sizes = {"reconstruction": (len(bench.many), 10),
-             "judge": (judge_steps(bench), 3 * JUDGE_BATCH),
-             "generation": (len(bench.few), SAMPLES * elements + 40),
-             "prediction": (len(bench.few), 2 * elements + 20)}
-    jobs = []
-    for part, (count, cost) in sizes.items():
-        for first in range(0, count, BATCH[part]):
-            last = min(first + BATCH[part], count)
-            jobs.append((part, first, last, cost * (last - first)))
+    """[(part, first, last, done)]: the work in pieces of seconds, and what is done after each. The
+    unit is about a pass of a video through the transformer, so that the progress is honest."""
+    elements, jobs, done = bench.model.shape[0] * bench.model.places, [], 0
+    for part, count, step, cost in (
+            ("reconstruction", len(bench.many), 200, 10),
+            ("judge", bench.judge_steps, 100, 3 * JUDGE_BATCH),
+            ("generation", len(bench.few), 100, SAMPLES * elements + 40),
+            ("prediction", len(bench.few), 100, 2 * elements + 20)):
+        for first in range(0, count, step):
+            last = min(first + step, count)
+            done += cost * (last - first)
+            jobs.append((part, first, last, done))
     return jobs
-
-
-def work(run, bench, jobs, state, out):
-    """Do what `state` does not hold yet. Returns the metrics."""
-    done, at, rows = run.done, 0, state["rows"]
-    if run.done < run.total:
-        run.begin()
-    for part, first, last, cost in jobs:
-        at += cost
-        if at <= done:
-            continue
-        if first == 0:
-            run.log(f"evaluating: {part}")
-        run.update(at - cost, Phase=part)
-        if part == "judge":
-            state["judge"] = train_judge(bench, state["judge"], first, last)
-        else:
-            with torch.no_grad():
-                measured = MEASURES[part](bench, state["judge"], first, last)
-            for name, values in measured.items():
-                rows.setdefault(part, {}).setdefault(name, []).append(values.cpu())
-        run.update(at)
-        if run.due() and at < run.total:
-            run.save(at, magvit.saved(state))
-        run.leave_if_asked()
-    with torch.no_grad():
-        metrics = figures(bench, state)
-    if run.durable < run.total:
-        text = json.dumps(metrics, indent=1)
-        checkpointing.write_sealed(out / "metrics.json", text)
-        if metrics["warnings"]:
-            run.update(run.total, Warning="; ".join(metrics["warnings"]))
-        run.save(run.total, magvit.saved(state))
-    return metrics
 
 
 # --------------------------------------------------------------------------------------------------
 # What is measured: a row of numbers a video, in rows of tensors (B, ...)
 
-LIT = 0.02              # a pixel brighter than this is foreground
 DOT_LEVEL = 0.3 * 255   # a pixel brighter than this belongs to a dot
 DOT_PIXELS = 3          # and at least so many that touch make one
 FAINT = 0.1 * 255       # a pixel darker than this has no weight in the centroid
@@ -187,7 +161,7 @@ def measure_generation(bench, judge, first, last):
     numbers = torch.arange(first, last, device=bench.device)
     codes = model.sample(labels, bench.seed, numbers, SAMPLES)
     made, plain = model.decode(model.surest(codes, labels)), model.decode(codes[:, 0])
-    judge = loaded_judge(bench, judge).eval()
+    judge = judge_of(bench, judge).eval()
     return {"right": judged(judge, made).argmax(1) == labels,
             "right_unchosen": judged(judge, plain).argmax(1) == labels,
             "judge_right": judged(judge, real).argmax(1) == labels, "dots": count_dots(made),
@@ -200,8 +174,7 @@ def measure_generation(bench, judge, first, last):
 def measure_prediction(bench, judge, first, last):
     """Distances in pixels (B, frames ahead) of the dot's centre, by the model and three others."""
     model, given, videos = bench.model, bench.given, bench.videos[bench.few[first:last]]
-    numbers = torch.arange(first, last, device=bench.device)
-    made = model.predict(videos, given, bench.seed, numbers)
+    made = model.predict(videos, given, bench.seed, torch.arange(first, last, device=bench.device))
     path, match = centroids(videos), nearest(bench, videos, given)[1]
     last, before = path[:, given - 1:given], path[:, given - 2:given - 1]
     ahead = torch.arange(1, model.shape[0] - given + 1, device=bench.device)[:, None]
@@ -278,11 +251,8 @@ def nearest(bench, videos, frames):
 # A few keypoints a frame (the centre of mass of a learned map, after Finn et al. 2016), then a
 # perceptron over all frames.
 
-MAPS = 8
-
-
-def new_judge(bench):
-    nn, (frames, channels) = torch.nn, bench.model.shape[:2]
+def judge_of(bench, state):
+    frames, channels = bench.model.shape[:2]
     torch.manual_seed(bench.seed + 1)
     maps = nn.Sequential(nn.Conv2d(channels, 16, 5, 2, 2), nn.ReLU(), nn.Conv2d(16, 16, 3, 1, 1),
                          nn.ReLU(), nn.Conv2d(16, MAPS, 1))
@@ -290,7 +260,10 @@ def new_judge(bench):
     features = frames * MAPS * 3
     answer = nn.Sequential(nn.BatchNorm1d(features), nn.Linear(features, 256), nn.GELU(),
                            nn.Linear(256, 256), nn.GELU(), nn.Linear(256, len(bench.model.classes)))
-    return nn.ModuleDict({"maps": maps, "answer": answer}).to(bench.device)
+    judge = nn.ModuleDict({"maps": maps, "answer": answer}).to(bench.device)
+    if state:
+        judge.load_state_dict(state["weights"])
+    return judge
 
 
 def judged(judge, videos):
@@ -306,20 +279,9 @@ def judged(judge, videos):
     return judge["answer"](features.view(len(videos), -1))
 
 
-def judge_steps(bench):
-    return min(JUDGE_STEPS, 20 * max(1, len(bench.training) // JUDGE_BATCH))
-
-
-def loaded_judge(bench, state):
-    judge = new_judge(bench)
-    if state:
-        judge.load_state_dict(state["weights"])
-    return judge
-
-
 def train_judge(bench, state, first, last):
     """Its state after steps `first` to `last` - 1, given the one before."""
-    judge, steps = loaded_judge(bench, state), judge_steps(bench)
+    judge, steps = judge_of(bench, state), bench.judge_steps
     optimizer = torch.optim.AdamW(judge.parameters(), lr=2e-3, weight_decay=1e-3)
     if state:
         optimizer.load_state_dict(state["optimizer"])
@@ -339,28 +301,41 @@ def train_judge(bench, state, first, last):
 
 
 # --------------------------------------------------------------------------------------------------
-# The figures, from the rows
+# The figures. Each is (key in metrics.json, words, how it is written, value, and of its baseline
+# the key, the value, the words and how the two compare), so that whoever shows them needs no rules.
+
+ABOVE, BELOW = (operator.gt, 1), (operator.lt, 1)   # what a figure must be, times its baseline
+NEAR, CLOSE, NO_COPY = (operator.ge, 0.9), (operator.le, 3), (operator.ge, 0.7)
+BLANK, REAL, JUDGE = "a blank video", "real videos", "real videos, same judge"
+ALONE = "", None, "", None      # of a figure that has no baseline
+METHODS = ("copy_last", "constant_velocity", "nearest_neighbour")
+
 
 def figures(bench, state):
-    rows = {part: {name: torch.cat(values) for name, values in of.items()}
-            for part, of in state["rows"].items()}
+    """metrics.json: of each group its figures by name, the warnings, and the rows to show."""
+    found = {part: {name: torch.cat(values) for name, values in of.items()}
+             for part, of in state["rows"].items()}
     few, many = bench.labels[bench.few].cpu(), bench.labels[bench.many].cpu()
-    names, generated = bench.model.classes, rows["generation"]
-    metrics = {"tokenizer": of_tokenizer(rows["reconstruction"], bench.model),
-               "classification": of_classification(rows["reconstruction"], many, names,
-                                                   bench.given),
-               "judge": {"accuracy_on_real": mean(generated["judge_right"]), "videos": len(few)},
-               "generation": of_generation(generated, few, names),
-               "prediction": of_prediction(rows["prediction"], few, names, bench.given)}
-    return {**metrics, "warnings": warnings_of(metrics, len(names))}
+    names, real = bench.model.classes, mean(found["generation"]["judge_right"])
+    metrics, rows = {"judge": {"accuracy_on_real": real, "videos": len(few)}}, []
+    for group, (facts, listed) in {
+            "Tokenizer": of_tokenizer(found["reconstruction"], bench.model),
+            "Classification": of_classification(found["reconstruction"], many, names, bench.given),
+            "Generation": of_generation(found["generation"], few, names),
+            "Prediction": of_prediction(found["prediction"], few, names, bench.given)}.items():
+        metrics[group.lower()] = facts
+        for key, words, form, value, its_key, baseline, its_words, how in listed:
+            facts |= {key: value, **({its_key: baseline} if its_key else {})}
+            rows.append({
+                "group": group, "key": key, "words": words, "value": value,
+                "text": form.format(value), "baseline": baseline, "baseline_words": its_words,
+                "baseline_text": "" if baseline is None else form.format(baseline),
+                "beaten": how[0](value, how[1] * baseline) if how else None})
+    return {**metrics, "warnings": warnings_of(metrics, names), "rows": rows}
 
 
 def mean(values):
     return values.double().mean().item()
-
-
-def decibels(mse):
-    return -10 * math.log10(max(mse, 1e-12))
 
 
 def of_tokenizer(rows, model):
@@ -374,131 +349,111 @@ def of_tokenizer(rows, model):
         count = ids[..., k][rows["seen"]].unique(return_counts=True)[1].double()
         share = count / count.sum()
         perplexity.append(torch.exp(-(share * share.log()).sum()).item())
-    shape = model.shape
-    return {"videos": len(codes), "bits_per_video": codes[0].numel() * math.log2(magvit.LEVELS),
-            "raw_bits": math.prod(shape) * 8, "psnr_db": decibels(mse),
-            "blank_psnr_db": decibels(blank),
-            "skill": 1 - mse / max(blank, 1e-12),
-            "foreground_error": rows["lit_error"].double().sum().item() / lit,
-            "blank_foreground_error": rows["lit_real"].double().sum().item() / lit,
-            "centroid_error_px": mean(rows["off"]),
-            "middle_centroid_error_px": mean(rows["middle_off"]),
-            "frames_without_dot": mean(rows["dots"] == 0),
-            "frames_with_two_dots": mean(rows["dots"] > 1), "active_codes": min(in_use),
-            "codes": min(magvit.LEVELS**magvit.SLOT, ids[..., 0].numel()),
-            "foreground_perplexity": sum(perplexity) / magvit.SLOTS,
-            "foreground_places": int(rows["seen"].sum())}
+    return {"videos": len(codes)}, [
+        ("bits_per_video", "size of a video", "{:,.0f} bits",
+         codes[0].numel() * math.log2(magvit.LEVELS),
+         "raw_bits", math.prod(model.shape) * 8, "raw pixels", BELOW),
+        ("psnr_db", "PSNR", "{:.2f} dB", decibels(mse),
+         "blank_psnr_db", decibels(blank), BLANK, ABOVE),
+        ("skill", "skill, 1 - MSE / MSE of blank", "{:.4f}", 1 - mse / max(blank, 1e-12),
+         "blank_skill", 0.0, BLANK, ABOVE),
+        ("foreground_error", "foreground error", "{:.4f}",
+         rows["lit_error"].double().sum().item() / lit,
+         "blank_foreground_error", rows["lit_real"].double().sum().item() / lit, BLANK, BELOW),
+        ("centroid_error_px", "distance of the dot", "{:.3f} px", mean(rows["off"]),
+         "middle_centroid_error_px", mean(rows["middle_off"]), "the middle of the frame", BELOW),
+        ("frames_without_dot", "frames without a dot", "{:.2%}", mean(rows["dots"] == 0), *ALONE),
+        ("frames_with_two_dots", "frames with two dots", "{:.2%}", mean(rows["dots"] > 1), *ALONE),
+        ("active_codes", "codes in use", "{:,}", min(in_use),
+         "codes", min(magvit.LEVELS**magvit.SLOT, ids[..., 0].numel()), "all there could be", None),
+        ("foreground_perplexity", "perplexity of codes", "{:,.0f}", sum(perplexity) / magvit.SLOTS,
+         "foreground_places", int(rows["seen"].sum()), "every place another code", None)]
 
 
 def of_classification(rows, labels, names, given):
-    count = len(names)
-    pairs = labels * count + rows["guess"]
-    confusion = torch.bincount(pairs, minlength=count**2).view(count, count)
-    return {"videos": len(labels), "accuracy": mean(rows["guess"] == labels), "classes": names,
-            "accuracy_first_half": mean(rows["early"] == labels), "frames_first_half": given,
-            "chance": torch.bincount(labels).max().item() / len(labels),
-            "confusion_true_by_guessed": confusion.tolist()}
+    pairs = torch.bincount(labels * len(names) + rows["guess"], minlength=len(names)**2)
+    chance = torch.bincount(labels).max().item() / len(labels)
+    return {"videos": len(labels), "classes": names, "frames_first_half": given,
+            "confusion_true_by_guessed": pairs.view(len(names), -1).tolist()}, [
+        ("accuracy", "right, whole videos", "{:.1%}", mean(rows["guess"] == labels),
+         "chance", chance, "chance", ABOVE),
+        ("accuracy_first_half", f"right, first {given} frames", "{:.1%}",
+         mean(rows["early"] == labels), "chance", chance, "chance", ABOVE)]
 
 
 def of_generation(rows, labels, names):
     half = torch.arange(len(labels)) % 2 == 0
     path, real = rows["path"].double().numpy(), rows["path_real"].double().numpy()
-    n = int((~half).sum())
-    return {"videos": len(labels), "samples": SAMPLES, "judged_right": mean(rows["right"]),
+    n, one_dot, right = int((~half).sum()), mean(rows["dots_real"] == 1), mean(rows["judge_right"])
+    near = NEAR if right >= GOOD_JUDGE else None
+    return {"videos": len(labels), "samples": SAMPLES,
             "judged_right_by_class": {name: mean(rows["right"][labels == k])
-                                      for k, name in enumerate(names)},
-            "judged_right_unchosen": mean(rows["right_unchosen"]),
-            "one_dot": mean(rows["dots"] == 1),
-            "one_dot_real": mean(rows["dots_real"] == 1),
-            "feature_distance": frechet(path[half][:n], real[~half]),
-            "feature_distance_real_halves": frechet(real[half][:n], real[~half]),
-            "nearest_training_video_rmse": mean(rows["nearest"]),
-            "nearest_training_video_rmse_real": mean(rows["nearest_real"])}
+                                      for k, name in enumerate(names)}}, [
+        ("judged_right_unchosen", "judged right", "{:.1%}", mean(rows["right_unchosen"]),
+         "judged_right_real", right, JUDGE, near),
+        ("judged_right", f"surest of {SAMPLES}, at {SAMPLES} times the work", "{:.1%}",
+         mean(rows["right"]), "judged_right_real", right, JUDGE, near),
+        ("one_dot", "frames with one dot", "{:.2%}", mean(rows["dots"] == 1),
+         "one_dot_real", one_dot, REAL, NEAR if one_dot > 0.5 else None),
+        ("feature_distance", "distance of paths to real ones", "{:.4f}",
+         frechet(path[half][:n], real[~half]), "feature_distance_real_halves",
+         frechet(real[half][:n], real[~half]), "two halves of the real", CLOSE),
+        ("nearest_training_video_rmse", "nearest training video, RMSE", "{:.4f}",
+         mean(rows["nearest"]), "nearest_training_video_rmse_real", mean(rows["nearest_real"]),
+         REAL, NO_COPY)]
 
 
 def frechet(a, b):
     """Frechet distance of Gaussians fitted to samples (N, d), as in FID (Heusel et al. 2017)."""
-    one, two = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
+    one, two = (np.cov(x, rowvar=False, ddof=min(1, len(x) - 1)) for x in (a, b))
     root = np.sqrt(np.maximum(np.linalg.eigvals(one @ two).real, 0)).sum()
     return float(((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(one + two) - 2 * root)
 
 
-METHODS = ("copy_last", "constant_velocity", "nearest_neighbour")
-
-
 def of_prediction(rows, labels, names, given):
-    result = {"videos": len(labels), "frames_given": given, "one_dot": mean(rows["dots"] == 1)}
+    facts = {"videos": len(labels), "frames_given": given, "one_dot": mean(rows["dots"] == 1)}
     for name in ("model", *METHODS):
         off = rows[name].double()
-        result[name] = {"error_px": mean(off), "by_horizon": off.mean(0).tolist(),
-                        "by_class": {c: mean(off[labels == k]) for k, c in enumerate(names)}}
-    return result
+        facts[name] = {"error_px": mean(off), "by_horizon": off.mean(0).tolist(),
+                       "by_class": {c: mean(off[labels == k]) for k, c in enumerate(names)}}
+    hardest_first = sorted(METHODS, key=lambda name: facts[name]["error_px"])
+    return facts, [
+        ("error_px", f"error, {given} frames given", "{:.2f} px", facts["model"]["error_px"],
+         f"error_px_{name}", facts[name]["error_px"], name.replace("_", " "), BELOW)
+        for name in hardest_first]
 
 
-def warnings_of(metrics, classes):
+def warnings_of(metrics, names):
     """In words, what a good-looking figure elsewhere must not hide."""
-    found, tokens, names = [], metrics["tokenizer"], metrics["classification"]
+    found, tokens, right = [], metrics["tokenizer"], metrics["classification"]["accuracy"]
+    chance, count = 1 / len(names), metrics["classification"]["videos"]
     if tokens["foreground_perplexity"] < min(10, 0.5 * tokens["foreground_places"]):
         found.append(f"the codes have collapsed: perplexity {tokens['foreground_perplexity']:.1f}, "
                      f"{tokens['active_codes']} codes in use")
     if tokens["skill"] < 0.5:
-        found.append(f"the tokenizer hardly beats a blank video: skill {tokens['skill']:.2f}")
-    chance = 1 / classes
-    if names["accuracy"] < chance + 3 * math.sqrt(chance * (1 - chance) / names["videos"]):
-        found.append(f"accuracy is at chance: {names['accuracy']:.1%}, chance {chance:.1%}")
-    if metrics["judge"]["accuracy_on_real"] < 0.9:
-        found.append("the judge of generated videos is itself right on only "
+        words = "is worse than" if tokens["skill"] < 0 else "hardly beats"
+        found.append(f"the tokenizer {words} a blank video: skill {tokens['skill']:.2f}")
+    if right < chance + 3 * math.sqrt(chance * (1 - chance) / count):
+        found.append(f"accuracy is at chance: {right:.1%}, chance {chance:.1%}")
+    if metrics["judge"]["accuracy_on_real"] < GOOD_JUDGE:
+        found.append("the judge of generated videos is right on only "
                      f"{metrics['judge']['accuracy_on_real']:.1%} of real ones")
     return found
 
 
 def table(metrics):
-    """The figures, each with its baseline, as text."""
-    t, c, j, g, p = (metrics[k] for k in ("tokenizer", "classification", "judge", "generation",
-                                          "prediction"))
-    best = min(METHODS, key=lambda name: p[name]["error_px"])
-    real, best_is = f"{j['accuracy_on_real']:.1%}", best.replace("_", " ")
-    rows = [
-        ("on held-out test videos", "model", "beside it", ""),
-        ("bits a video", f"{t['bits_per_video']:.0f}", t["raw_bits"], "raw"),
-        ("PSNR, dB", f"{t['psnr_db']:.2f}", f"{t['blank_psnr_db']:.2f}", "blank video"),
-        ("skill, 1 - MSE / MSE of blank", f"{t['skill']:.4f}", "0", "blank video"),
-        ("foreground error", f"{t['foreground_error']:.4f}", f"{t['blank_foreground_error']:.4f}",
-         "blank video"),
-        ("centroid error, px", f"{t['centroid_error_px']:.3f}",
-         f"{t['middle_centroid_error_px']:.2f}", "middle of the frame"),
-        ("frames with no dot, two dots",
-         f"{t['frames_without_dot']:.2%}, {t['frames_with_two_dots']:.2%}", "", ""),
-        ("codes in use", t["active_codes"], t["codes"], "as many as these videos could show"),
-        ("foreground perplexity", f"{t['foreground_perplexity']:.0f}", t["foreground_places"],
-         "every place another code"),
-        ("accuracy, whole videos", f"{c['accuracy']:.1%}", f"{c['chance']:.1%}", "chance"),
-        (f"accuracy, first {c['frames_first_half']} frames", f"{c['accuracy_first_half']:.1%}",
-         f"{c['chance']:.1%}", "chance"),
-        ("generated, judged right", f"{g['judged_right_unchosen']:.1%}", real,
-         "real videos, same judge"),
-        (f"  surest of {g['samples']}, at {g['samples']} times the work",
-         f"{g['judged_right']:.1%}", real, "real videos, same judge"),
-        ("generated, frames with one dot", f"{g['one_dot']:.2%}", f"{g['one_dot_real']:.2%}",
-         "real videos"),
-        ("generated, distance of paths to real", f"{g['feature_distance']:.4f}",
-         f"{g['feature_distance_real_halves']:.4f}", "two halves of the real"),
-        ("generated, nearest training video, RMSE", f"{g['nearest_training_video_rmse']:.4f}",
-         f"{g['nearest_training_video_rmse_real']:.4f}", "real test videos"),
-        (f"prediction, {p['frames_given']} frames given, px", f"{p['model']['error_px']:.2f}",
-         f"{p[best]['error_px']:.2f}", f"{best_is}, the best of three")]
-    rows += [("", "", f"{p[name]['error_px']:.2f}", name.replace("_", " "))
-             for name in METHODS if name != best]
-    rows += [(f"  {name}", f"{error:.2f}", f"{p[best]['by_class'][name]:.2f}", best_is)
-             for name, error in p["model"]["by_class"].items()]
-    rows += [(f"  {i + 1} frames ahead", f"{error:.2f}", f"{p[best]['by_horizon'][i]:.2f}", best_is)
-             for i, error in enumerate(p["model"]["by_horizon"])]
-    text = "\n".join(f"{a:<42}{b:>16}{d:>12}  {e}".rstrip() for a, b, d, e in rows)
-    width = max(map(len, c["classes"])) + 2
-    head = " " * width + "".join(f"{name:>{width}}" for name in c["classes"])
-    lines = [f"{name:<{width}}" + "".join(f"{value:>{width}}" for value in row)
-             for name, row in zip(c["classes"], c["confusion_true_by_guessed"])]
-    return "\n".join([text, "", "true class by guessed class", head, *lines])
+    """The lines to print: the rows, the confusion, the warnings."""
+    yield f"{'on held-out test videos':<44}{'model':>14}{'beside it':>14}"
+    for row in metrics["rows"]:
+        yield (f"{row['group']:<16}{row['words']:<32}{row['text']:>14}{row['baseline_text']:>14}  "
+               f"{row['baseline_words']}").rstrip()
+    names = metrics["classification"]["classes"]
+    width = max(map(len, names)) + 2
+    yield from ("", "true class by guessed class")
+    yield " " * width + "".join(f"{name:>{width}}" for name in names)
+    for name, row in zip(names, metrics["classification"]["confusion_true_by_guessed"]):
+        yield f"{name:<{width}}" + "".join(f"{count:>{width}}" for count in row)
+    yield from (f"WARNING: {warning}" for warning in metrics["warnings"])
 
 
 if __name__ == "__main__":

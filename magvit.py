@@ -9,54 +9,21 @@ later frames are hidden). Nothing but the integers passes from the encoder to th
 Shapes: B videos, T frames, C channels, H x W pixels; a place is 32 x 32 pixels of one frame, n of
 them a frame; a place holds NUMBERS integers from 0 to LEVELS - 1. Codes: int64 (B, T, n, NUMBERS).
 """
-import contextlib
-import fcntl
 import hashlib
 import io
 import math
 import os
-import re
-import resource
-import tempfile
-import time
 import zipfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
 
 import checkpointing
-from checkpointing import CheckpointError
+from checkpointing import WRONG_SETTINGS, CheckpointError
 
-
-def alone_here():
-    """Is this the first of our processes on a machine that is idle otherwise?"""
-    try:
-        path = os.path.join(tempfile.gettempdir(), f"magvit-spins-{os.getuid()}")
-        lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)    # open, and so ours, to the end
-        with open("/proc/stat") as file:
-            idle = -int(file.readline().split()[4])
-            time.sleep(0.1)
-            file.seek(0)
-            idle += int(file.readline().split()[4])
-    except (OSError, ValueError, IndexError):
-        return False
-    return idle > (os.cpu_count() - 0.5) * os.sysconf("SC_CLK_TCK") * 0.1
-
-
-# Read once, when torch is loaded. Threads that wait by spinning make a step a tenth to a third
-# faster on two cores, but two programs that both do it stop each other almost completely. So the
-# first one spins, as torch does by itself, and a later one sleeps at once: then both go on well.
-if not alone_here():
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    os.environ.setdefault("GOMP_SPINCOUNT", "2000")
-os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")     # makes cuBLAS repeatable
-import torch  # noqa: E402
-import torch.nn.functional as F  # noqa: E402
-from torch import nn  # noqa: E402
-
-CLASSES = ("linear", "circular", "helical", "parabolic")
 LEVELS = 64             # of each quantized number
 SLOTS = 4               # codes a place; each is SLOT numbers, so a codebook has 2^18 entries
 SLOT = 3
@@ -511,27 +478,29 @@ class Magvit(nn.Module):
         of the file."""
         path = Path(path)
         if not path.is_file():
-            raise CheckpointError(f"{path}: no such model; train one with train_magvit.py or name "
-                                  "another with --model", checkpointing.WRONG_SETTINGS)
-        problem = checkpointing.problem_with(path)
-        if problem:
-            raise CheckpointError(f"{path}: {problem}; this is not a whole model. Train again or "
-                                  "bring back a good copy")
+            words = "a directory; name the best_model.pt in it" if path.is_dir() else (
+                "no such model; train one with train_magvit.py or name another with --model")
+            raise CheckpointError(f"{path}: {words}", WRONG_SETTINGS)
+        content = io.BytesIO(path.read_bytes())
         try:
-            state = torch.load(path, map_location="cpu", weights_only=True)
+            broken = zipfile.ZipFile(content).testzip()     # torch.load compares no checksums
+            if broken:
+                raise ValueError(f"{broken}: checksum differs")
+            content.seek(0)
+            state = torch.load(content, map_location="cpu", weights_only=True)
             if "learning" in state:
-                raise CheckpointError(f"{path}: a checkpoint, from which training goes on. The "
-                                      "models are best_model.pt and final_model.pt beside it",
-                                      checkpointing.WRONG_SETTINGS)
+                raise CheckpointError(f"{path}: a checkpoint of the training; its models, such as "
+                                      "best_model.pt, are beside it", WRONG_SETTINGS)
             if state["format"] != FORMAT:
                 raise ValueError(f"format {state['format']}, not {FORMAT}")
             model = Magvit(Sizes(**state["sizes"]), state["shape"], state["classes"])
             model.load_state_dict(state["weights"])
         except CheckpointError:
             raise
-        except Exception as error:   # whatever a foreign file makes torch raise
-            raise CheckpointError(f"{path}: not a model of train_magvit.py ({short(error)}). "
-                                  "Nothing in it was run") from None
+        except Exception as error:      # whatever a damaged or foreign file makes torch raise
+            words = checkpointing.one_line(f"{type(error).__name__}: {error}")[:200]
+            raise CheckpointError(f"{path}: not a whole model of train_magvit.py ({words}). Bring "
+                                  "back a good copy, or start its training again") from None
         return model.to(device).requires_grad_(False).eval()
 
 
@@ -545,221 +514,31 @@ def open_device(name):
 
     auto is cuda, else cpu; mps only when asked for, since nothing here was ever run on it.
     """
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(),
-             "cpu": True}
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": 1}
     if name == "auto":
         name = "cuda" if there["cuda"] else "cpu"
     if not there.get(name):
         raise CheckpointError(f"--device {name}: there is none here; there is "
-                              f"{', '.join(k for k, v in there.items() if v)}",
-                              checkpointing.WRONG_SETTINGS)
-    torch.use_deterministic_algorithms(True)
+                              f"{', '.join(k for k, v in there.items() if v)}", WRONG_SETTINGS)
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")     # makes cuBLAS repeatable
+    if name == "cuda":
+        torch.use_deterministic_algorithms(True)
+    else:   # the same, but a second faster: no compiler is imported
+        torch.set_deterministic_debug_mode("error")
     torch.utils.deterministic.fill_uninitialized_memory = False   # it only helps to find errors
     torch.set_float32_matmul_precision("high")   # TF32 on CUDA
     return torch.device(name)
 
 
 def saved(state):
-    """The bytes of torch.save, made in memory: a full disk is then met by a plain write, with a
-    plain OSError."""
+    """The bytes of torch.save: a full disk is then met by a plain write, not inside of torch."""
     buffer = io.BytesIO()
     torch.save(state, buffer)
     return buffer.getvalue()
 
 
-def short(error):
-    return " ".join(f"{type(error).__name__}: {error}".split())[:200]
-
-
-# --------------------------------------------------------------------------------------------------
-# Data: read, checked, split
-
-TRAIN, VALIDATION, TEST = 0, 1, 2
-PARTS = ("training", "validation", "test")
-SMALLEST_CLASS = 10     # videos; fewer leave a class without a test video
-SMALLEST_SIDE = 8       # pixels
-SMALLEST_LENGTH = 4     # frames: two given, two predicted
-
-
-@dataclass
-class Data:
-    videos: np.ndarray      # uint8 (N, T, C, H, W)
-    labels: np.ndarray      # int64 (N,)
-    classes: list           # names
-
-    def first(self, n):
-        return Data(self.videos[:n], self.labels[:n], self.classes)
-
-
-def load_data(path):
-    """Videos and labels of an .npz or of run directories of generate.py; CheckpointError in words
-    if they will not do."""
-    videos, labels, known = read(path)
-    if labels is None:
-        raise CheckpointError(f"{path}: has no labels; training and evaluation need them")
-    if labels.shape != (len(videos),) or labels.dtype.kind not in "iu" or (labels < 0).any():
-        raise CheckpointError(f"{path}: labels must be integers from 0 on, one a video; they are "
-                              f"{labels.dtype} {labels.shape}")
-    count = len(CLASSES) if known else max(2, int(labels.max(initial=0)) + 1)
-    if count > 1000:
-        raise CheckpointError(f"{path}: labels go up to {count - 1}; at most 1,000 classes")
-    names = list(CLASSES) if count == len(CLASSES) else [f"class {k}" for k in range(count)]
-    sizes = np.bincount(labels, minlength=count)
-    if sizes.min() < SMALLEST_CLASS:
-        few = int(sizes.argmin())
-        raise CheckpointError(f"{path}: {names[few]} has {sizes[few]} videos of {len(videos)}; "
-                              f"every class needs at least {SMALLEST_CLASS}, to have some to learn "
-                              "from and some to test on")
-    return Data(videos, labels.astype(np.int64), names)
-
-
-def read(path):
-    """(videos uint8 (N, T, C, H, W), labels or None, whether they are our trajectories).
-
-    A set that does not fit into the memory is unpacked, once a process, into a file that has no
-    name and is gone with the process; its videos are then a map of that file.
-    """
-    path = Path(path)
-    if path.is_dir():
-        files = pieces_of(path)
-    elif path.is_file():
-        files, problem = [path], checkpointing.problem_with(path)
-        if problem:
-            raise CheckpointError(f"{path}: not a whole .npz ({problem}); make it again with "
-                                  "merge.py")
-    else:
-        raise CheckpointError(f"{path}: no such data; run generate.py and merge.py first, or name "
-                              "other data", checkpointing.WRONG_SETTINGS)
-    kinds, labels, known = zip(*map(described, files))
-    lengths, shapes = [kind[0][0] for kind in kinds], {(*kind[0][1:], kind[1]) for kind in kinds}
-    if len(shapes) > 1:
-        raise CheckpointError(f"{path}: its pieces hold videos of different shapes")
-    shape = (sum(lengths), *kinds[0][0][1:])
-    check_kind(path, shape, kinds[0][1])
-    videos = gathered(blocks_of(files, path), shape, path)
-    return videos, None if labels[0] is None else np.concatenate(labels), all(known)
-
-
-@contextlib.contextmanager
-def opened(path):
-    """An .npz that hides no code; CheckpointError in words if it cannot be read."""
-    try:
-        with np.load(path, allow_pickle=False) as archive:
-            yield archive
-    except (ValueError, OSError, EOFError, KeyError, zipfile.BadZipFile) as error:
-        raise CheckpointError(f"{path}: cannot be read ({short(error)})") from None
-
-
-def described(path):
-    """((shape, dtype) of the videos, labels or None, whether they are ours); reads no video."""
-    with opened(path) as archive:
-        if "videos" not in archive:
-            raise CheckpointError(f"{path}: has no videos; it has {', '.join(archive)}")
-        with archive.zip.open("videos.npy") as stream:
-            shape, _, dtype = header_of(stream)
-        labels = np.atleast_1d(archive["labels"]) if "labels" in archive else None
-        return (shape or (0,), dtype), labels, "trajectory_2d" in archive
-
-
-def header_of(stream):
-    """(shape, Fortran order, dtype) of the .npy that begins here."""
-    version = np.lib.format.read_magic(stream)
-    reader = (np.lib.format.read_array_header_1_0 if version == (1, 0) else
-              np.lib.format.read_array_header_2_0)
-    return reader(stream)
-
-
-def check_kind(path, shape, dtype):
-    if len(shape) != 5 or 0 in shape:
-        raise CheckpointError(f"{path}: videos must be (N, T, C, H, W); they are {shape}")
-    _, frames, _, height, width = shape
-    if frames < SMALLEST_LENGTH or min(height, width) < SMALLEST_SIDE:
-        raise CheckpointError(f"{path}: videos must have at least {SMALLEST_LENGTH} frames of "
-                              f"{SMALLEST_SIDE}x{SMALLEST_SIDE} pixels; these have {frames} of "
-                              f"{height}x{width}", checkpointing.WRONG_SETTINGS)
-    if dtype != np.uint8 and dtype.kind != "f":
-        raise CheckpointError(f"{path}: videos must be uint8, or float in [0, 1]; they are {dtype}")
-
-
-BLOCK = 32 << 20        # bytes of videos in hand at a time
-
-
-def blocks_of(files, path):
-    """The videos of all files as uint8 (n, T, C, H, W), a few at a time; floats are checked."""
-    number = 0
-    for file in files:
-        with opened(file) as archive, archive.zip.open("videos.npy") as stream:
-            shape, fortran, dtype = header_of(stream)
-            each = math.prod(shape[1:]) * dtype.itemsize
-            step = shape[0] if fortran else max(1, BLOCK // each)
-            for first in range(0, shape[0], step):
-                count = min(step, shape[0] - first)
-                if fortran:     # its first video is all over the file
-                    block = np.ascontiguousarray(archive["videos"])
-                else:
-                    block = np.frombuffer(stream.read(count * each), dtype)
-                    block = block.reshape(count, *shape[1:])
-                yield block if dtype == np.uint8 else whole_numbers(block, path, number)
-                number += count
-
-
-def whole_numbers(videos, path, number):
-    """uint8 of floats in [0, 1]; `number` is that of the first video."""
-    found = np.empty(videos.shape, np.uint8)
-    for i, video in enumerate(videos):
-        if not np.isfinite(video).all():
-            raise CheckpointError(f"{path}: video {number + i} has NaN or Inf")
-        if video.min() < 0 or video.max() > 1:
-            raise CheckpointError(f"{path}: float videos must lie in [0, 1]; video {number + i} "
-                                  f"goes from {video.min():g} to {video.max():g}. Divide by 255, "
-                                  "or store them as uint8")
-        found[i] = (video * 255).round()
-    return found
-
-
-MEMORY_SHARE = 0.5      # of the free memory, or of that of a GPU, that the videos may take
-
-
-def gathered(blocks, shape, path):
-    """One array of all blocks, in memory or on the disk."""
-    size, free = math.prod(shape), free_memory()
-    if size <= free * MEMORY_SHARE:
-        videos, at = np.empty(shape, np.uint8), 0
-        for block in blocks:
-            videos[at:at + len(block)] = block
-            at += len(block)
-        return videos
-    near = path if path.is_dir() else path.absolute().parent
-    room = {place: checkpointing.free_bytes(place) for place in (near, tempfile.gettempdir())
-            if os.access(place, os.W_OK)}
-    place = max(room, key=room.get)
-    if room[place] < size:
-        raise CheckpointError(f"{path}: its {size:,} bytes of videos fit neither into the memory "
-                              f"({free:,} free) nor onto the disk ({room[place]:,} free in {place})"
-                              ". Make room, or set TMPDIR to a directory on a larger disk")
-    with tempfile.TemporaryFile(dir=place) as file:
-        for block in blocks:
-            file.write(block)       # not into the map, where a full disk would be a crash
-        file.flush()
-        return np.memmap(file, np.uint8, "r+", shape=shape)
-
-
-def free_memory():
-    """Bytes that this process may still take: of the machine, its container and its ulimit."""
-    sizes = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
-    with contextlib.suppress(OSError, ValueError):
-        text = Path("/proc/meminfo").read_text()
-        sizes.append(1024 * int(re.search(r"MemAvailable: +(\d+)", text)[1]))
-    with contextlib.suppress(OSError, ValueError):     # "max" where there is no limit
-        limit, used = (int(Path("/sys/fs/cgroup", name).read_text())
-                       for name in ("memory.max", "memory.current"))
-        sizes.append(limit - used)
-    limit = resource.getrlimit(resource.RLIMIT_DATA)[0]
-    return max(0, min(sizes if limit == resource.RLIM_INFINITY else [*sizes, limit]))
-
-
-class Videos:
-    """The videos of a set (N, T, C, H, W): on the device if they fit there, else on the host.
+class DeviceVideos:
+    """The videos of a set (N, T, C, H, W): on the device if half of that holds them, else the host.
 
     videos[index] is uint8 (B, T, C, H, W) on the device, for int64 numbers (B,) on any device.
     """
@@ -768,13 +547,9 @@ class Videos:
         self.array, self.device, self.shape = torch.from_numpy(array), device, array.shape
         self.held = self.array.to(device) if self.fits() else None
 
-    def fits(self):
-        if self.device.type != "cuda":
-            return True     # its memory is the host's
-        return self.array.nbytes <= torch.cuda.mem_get_info(self.device)[0] * MEMORY_SHARE
-
-    def __len__(self):
-        return self.shape[0]
+    def fits(self):     # the memory of a CPU is the host's
+        return self.device.type != "cuda" or (
+            self.array.nbytes <= torch.cuda.mem_get_info(self.device)[0] / 2)
 
     def __getitem__(self, index):
         if self.held is not None:
@@ -783,55 +558,3 @@ class Videos:
         if self.device.type == "cuda":
             chosen = chosen.pin_memory()
         return chosen.to(self.device, non_blocking=True)
-
-
-def pieces_of(path):
-    """Files of what is complete of a run, also of one that still works, from sample 0 up to the
-    first gap."""
-    found, files, at = [], [], 0
-    for directory in [path, *sorted(path.glob("shard_*_of_*"))]:
-        records = checkpointing.read_records(directory)
-        found += [(start, file, records.get(file.name)) for start, file in
-                  checkpointing.find_checkpoints(directory) if file.suffix == ".npz"]
-    for start, file, record in sorted(found, key=lambda item: item[0]):
-        if start != at or checkpointing.problem_with(file, record):
-            break
-        at += described(file)[0][0][0]
-        files.append(file)
-    if not files:
-        raise CheckpointError(f"{path}: no good checkpoint_*.npz that begins at sample 0; is it "
-                              "the --out of generate.py?")
-    return files
-
-
-def split(labels):
-    """TRAIN, VALIDATION or TEST for each video: of ten of a class, in their order, the first eight,
-    the ninth, the tenth. Stratified, and stable: a video keeps its part when more are added."""
-    part = np.zeros(len(labels), np.int64)
-    for k in np.unique(labels):
-        rank = np.arange((labels == k).sum()) % 10
-        part[labels == k] = np.where(rank < 8, TRAIN, rank - 7)
-    return part
-
-
-def checked_split(data):
-    """(part of each video, a digest of the set); refuses a split that flatters: a class missing in
-    a part, or the same video in two parts."""
-    part = split(data.labels)
-    for k in np.unique(data.labels):
-        if set(part[data.labels == k]) != {TRAIN, VALIDATION, TEST}:
-            raise CheckpointError(f"class {k} is missing in one of train, validation and test")
-    whole = hashlib.sha256(data.labels.tobytes())
-    digests = np.empty((len(part), 2), np.uint64)
-    for i, video in enumerate(data.videos):
-        digest = hashlib.blake2b(np.ascontiguousarray(video), digest_size=16).digest()
-        whole.update(digest)
-        digests[i] = np.frombuffer(digest, np.uint64)
-    order = np.lexsort(digests.T)      # stable: of the same videos the first comes first
-    same = (digests[order[1:]] == digests[order[:-1]]).all(1)
-    pairs = [(b, a) for a, b in zip(order[:-1][same], order[1:][same]) if part[a] != part[b]]
-    for i, first in sorted(pairs)[:1]:
-        raise CheckpointError(f"the parts overlap: video {i} ({PARTS[part[i]]}) is the same as "
-                              f"video {first} ({PARTS[part[first]]}). Remove the duplicates; "
-                              "otherwise the figures would flatter")
-    return part, whole.hexdigest()[:16]

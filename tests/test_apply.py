@@ -1,43 +1,45 @@
-"""The promises of apply_magvit.py; the model here is untrained, since what is tested is what happens around it."""
+"""The promises of apply_magvit.py; the model here is untrained, since what is tested is what
+happens around it."""
 import json
 import os
 import re
+import shutil
+import signal
 import subprocess
 import sys
 
 import numpy as np
 import pytest
-from conftest import ROOT, kill, run, wait_for
-from test_train import SIZES, data_set
+from conftest import ROOT, run
+from test_videos import call, data_set  # noqa: F401
 
-from checkpointing import find_checkpoints
+import videos
 
 torch = pytest.importorskip("torch") if not os.environ.get("CI") else __import__("torch")
+import apply_magvit  # noqa: E402
 import magvit  # noqa: E402
+from test_evaluate import ONE, small_work, untrained  # noqa: E402, F401
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    path = tmp_path_factory.mktemp("model") / "best_model.pt"
-    torch.manual_seed(0)
-    path.write_bytes(magvit.saved(magvit.Magvit(magvit.Sizes(**SIZES), (8, 1, 32, 32),
-                                                magvit.CLASSES).state()))
-    return path
+def home(tmp_path_factory):
+    """model.pt and videos.npz, in the directory where the stage is called."""
+    home = tmp_path_factory.mktemp("home")
+    (home / "model.pt").write_bytes(magvit.saved(untrained().state()))
+    np.savez(home / "videos.npz", **data_set(40))
+    return home
 
 
 @pytest.fixture
-def videos(tmp_path):
-    np.savez(tmp_path / "videos.npz", **data_set(40))
-    return tmp_path / "videos.npz"
+def apply(home, call, monkeypatch):
+    def apply(*arguments, model="model.pt", code=0):
+        monkeypatch.chdir(home)
+        return call(apply_magvit, *arguments, "--model", model, "--device", "cpu", code=code)
+    return apply
 
 
-def apply(model, *arguments, **options):
-    return run("apply_magvit.py", *arguments, "--model", model, "--device", "cpu", **options)
-
-
-def test_classify_prints_a_line_a_video_and_writes_json(model, videos, tmp_path):
-    done = apply(model, "classify", videos, "--json", tmp_path / "c.json")
-    lines = done.stdout.splitlines()
+def test_classify_prints_a_line_a_video_and_writes_json(apply, home, tmp_path):
+    lines = apply("classify", "videos.npz", "--json", tmp_path / "c.json").splitlines()
     assert len(lines) == 40
     names = "linear|circular|helical|parabolic"
     assert all(re.fullmatch(rf"{i}\t({names})\t[01]\.\d{{4}}", line)
@@ -45,71 +47,78 @@ def test_classify_prints_a_line_a_video_and_writes_json(model, videos, tmp_path)
     rows = json.loads((tmp_path / "c.json").read_text())
     assert len(rows) == 40 and all(
         abs(sum(row["probabilities"].values()) - 1) < 1e-4 for row in rows)
+    assert "left alone" in apply("classify", "videos.npz", "--json", tmp_path / "c.json", code=1)
 
 
-def test_generate_writes_the_data_sets_format_and_the_seed_makes_it_repeatable(model, tmp_path):
+def test_generate_writes_the_data_sets_format_and_the_seed_makes_it_repeatable(apply, tmp_path):
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
-        apply(model, "generate", "--class", "helical", "--n", 5,
-              "--seed", seed, "--out", tmp_path / f"{name}.npz")
+        apply("generate", "--class", "helical", "--n", 5, "--seed", seed,
+              "--out", tmp_path / f"{name}.npz")
     a, b, c = ((tmp_path / f"{name}.npz").read_bytes() for name in "abc")
     assert a == b != c
-    with np.load(tmp_path / "a.npz", allow_pickle=False) as made:
-        assert made["videos"].shape == (5, 8, 1, 32, 32) and made["videos"].dtype == np.uint8
-        assert made["labels"].tolist() == [2] * 5 and made["labels"].dtype == np.int64
+    made, labels, names = videos.read(tmp_path / "a.npz")
+    assert made.shape == (5, 8, 1, 32, 32) and made.dtype == np.uint8
+    assert labels.tolist() == [2] * 5 and labels.dtype == np.int64
+    assert names == list(videos.CLASSES)
 
 
-def test_predict_keeps_the_given_frames_and_the_labels(model, videos, tmp_path):
-    apply(model, "predict", videos, "--given", 3, "--out", tmp_path / "p" / "p.npz")
-    with np.load(tmp_path / "p" / "p.npz") as made, np.load(videos) as real:
+def test_predict_keeps_the_given_frames_and_the_labels(apply, home, tmp_path):
+    apply("predict", "videos.npz", "--given", 3, "--out", tmp_path / "p" / "p.npz")
+    with np.load(tmp_path / "p" / "p.npz") as made, np.load(home / "videos.npz") as real:
         assert (made["videos"][:, :3] == real["videos"][:, :3]).all()
         assert (made["videos"][:, 3:] != real["videos"][:, 3:]).any() and made["given"] == 3
         assert (made["labels"] == real["labels"]).all()
-    assert not (tmp_path / "p.npz.parts").exists()
-    assert "1 files are whole, 0 bad" in run("checkpointing.py", "verify", tmp_path / "p").stdout
+    assert os.listdir(tmp_path / "p") == ["p.npz"]
+    np.savez(tmp_path / "unlabelled.npz", videos=data_set(4)["videos"])
+    apply("predict", tmp_path / "unlabelled.npz", "--given", 3, "--out", tmp_path / "q.npz")
+    assert videos.read(tmp_path / "q.npz")[1].shape == (4,)
 
 
-def test_evaluate_prints_the_table(model, tmp_path):
-    np.savez(tmp_path / "labelled.npz", **data_set(80))
-    done = apply(model, "evaluate", tmp_path / "labelled.npz")
-    for words in ("PSNR", "blank video", "accuracy", "judged right", "nearest neighbour",
-                  "true class by guessed class"):
-        assert words in done.stdout
+KILLED = """import os, sys; sys.path.insert(0, {root!r})
+import apply_magvit, magvit
+apply_magvit.BATCH = apply_magvit.PIECE = 4
+made, generate = [], magvit.Magvit.generate
+def killed(*arguments):
+    made.append(0)
+    return generate(*arguments) if len(made) < 4 else os.kill(os.getpid(), 9)
+magvit.Magvit.generate = killed
+apply_magvit.main()"""
 
 
-ONE_BATCH_A_PIECE = """
-import sys; sys.path.insert(0, {root!r})
-import apply_magvit; apply_magvit.BATCH = apply_magvit.PIECE = 8
-apply_magvit.main()
-"""
-
-
-def test_killed_and_started_again_it_makes_the_same_file(model, tmp_path):
-    """With pieces of 8 videos, so that a kill falls among them."""
-    def arguments(out):
-        code = ONE_BATCH_A_PIECE.format(root=str(ROOT))
-        return [sys.executable, "-c", code, "generate", "--class", "linear", "--n", "60",
-                "--model", model, "--device", "cpu", "--out", out]
-    subprocess.run(arguments(tmp_path / "whole.npz"), check=True, timeout=100)
-    process = subprocess.Popen(arguments(tmp_path / "cut.npz"))
-    wait_for(lambda: len(find_checkpoints(tmp_path / "cut.npz.parts")) > 1
-             if (tmp_path / "cut.npz.parts").is_dir() else process.poll() is not None, "two pieces")
-    kill(process)
-    assert not (tmp_path / "cut.npz").exists()
-    subprocess.run(arguments(tmp_path / "cut.npz"), check=True, timeout=100)
+def test_killed_and_started_again_it_makes_the_same_file(apply, home, tmp_path, monkeypatch):
+    """With pieces of 4 videos, so that a kill falls among them."""
+    monkeypatch.setattr(apply_magvit, "BATCH", 4)
+    monkeypatch.setattr(apply_magvit, "PIECE", 4)
+    arguments = ["generate", "--class", "linear", "--n", "20", "--out"]
+    apply(*arguments, tmp_path / "whole.npz")
+    done = subprocess.run([sys.executable, "-c", KILLED.format(root=str(ROOT)), *arguments,
+                           tmp_path / "cut.npz", "--model", home / "model.pt", "--device", "cpu"],
+                          env=ONE)
+    assert done.returncode == -signal.SIGKILL and not (tmp_path / "cut.npz").exists()
+    assert len(list((tmp_path / "cut.npz.parts").glob("checkpoint_*.npz"))) == 3
+    assert "seed was" in apply(*arguments, tmp_path / "cut.npz", "--seed", 5, code=2)
+    apply(*arguments, tmp_path / "cut.npz")
     assert (tmp_path / "cut.npz").read_bytes() == (tmp_path / "whole.npz").read_bytes()
     assert not (tmp_path / "cut.npz.parts").exists()
 
 
-def test_classify_takes_a_run_directory(model, tmp_path):
+def test_what_others_put_into_the_parts_stays(apply, home, tmp_path):
+    (tmp_path / "x.npz.parts").mkdir()
+    (tmp_path / "x.npz.parts" / "thesis.txt").write_text("years of work")
+    apply("generate", "--class", "linear", "--n", 1, "--out", tmp_path / "x.npz")
+    assert os.listdir(tmp_path / "x.npz.parts") == ["thesis.txt"]
+
+
+def test_classify_takes_a_run_directory_and_a_set_larger_than_the_memory(apply, home, tmp_path,
+                                                                         monkeypatch):
     run("generate.py", "--n", 12, "--every", 5, "--out", tmp_path / "run")
-    assert len(apply(model, "classify", tmp_path / "run").stdout.splitlines()) == 12
-
-
-def test_it_never_writes_over_a_file_that_differs(model, tmp_path):
-    (tmp_path / "thesis.npz").write_text("years of work")
-    done = apply(model, "generate", "--class", "linear", "--n",
-                 1, "--out", tmp_path / "thesis.npz", code=1)
-    assert "left alone" in done.stderr and (tmp_path / "thesis.npz").read_text() == "years of work"
+    said = apply("classify", tmp_path / "run")
+    assert len(said.splitlines()) == 12
+    apply("predict", "videos.npz", "--given", 4, "--out", tmp_path / "memory.npz")
+    monkeypatch.setattr(videos, "free_memory", lambda: 0)
+    assert apply("classify", tmp_path / "run") == said
+    apply("predict", "videos.npz", "--given", 4, "--out", tmp_path / "disk.npz")
+    assert (tmp_path / "disk.npz").read_bytes() == (tmp_path / "memory.npz").read_bytes()
 
 
 @pytest.mark.parametrize("arguments, code, words", [
@@ -117,44 +126,40 @@ def test_it_never_writes_over_a_file_that_differs(model, tmp_path):
      2, "knows linear, circular, helical, parabolic"),
     (["generate", "--class", "linear", "--n", 0, "--out", "x.npz"], 2, "--n must be"),
     (["generate", "--class", "linear", "--out", "x.mp4"], 2, "written as .npz"),
-    (["predict", "VIDEOS", "--given", 8, "--out", "x.npz"], 2, "--given must be from 1 to 7"),
-    (["predict", "VIDEOS", "--given", 0, "--out", "x.npz"], 2, "--given must be from 1 to 7"),
+    (["generate", "--class", "linear", "--out", "videos.npz"], 1, "left alone"),
+    (["predict", "videos.npz", "--given", 8, "--out", "x.npz"], 2, "--given must be from 1 to 7"),
+    (["predict", "videos.npz", "--given", 0, "--out", "x.npz"], 2, "--given must be from 1 to 7"),
     (["classify", "nowhere.npz"], 2, "no such data"),
-    (["evaluate", "nowhere.npz"], 2, "no such data"),
-    (["classify", "SMALL"], 2, "this model takes (8, 1, 32, 32)"),
-    (["classify", "EMPTY"], 1, "not a whole .npz"),
-    (["classify", "NAN"], 1, "NaN"), (["classify", "NONE"], 1, "has no videos"),
-    (["dance"], 2, "invalid choice")])
-def test_bad_input_is_one_line_that_says_what_is_right(model, videos, tmp_path, arguments, code,
-                                                       words):
-    np.savez(tmp_path / "small.npz", **data_set(40, size=16))
-    np.savez(tmp_path / "nan.npz", videos=np.full((2, 8, 1, 32, 32), np.nan, np.float32))
-    np.savez(tmp_path / "none.npz", labels=np.zeros(3, int))
-    (tmp_path / "empty.npz").touch()
-    names = {"VIDEOS": videos, **{k: tmp_path / f"{k.lower()}.npz" for k in ("SMALL",
-                                                           "EMPTY", "NAN", "NONE")}}
-    options = [] if arguments == ["dance"] else ["--model", model]
-    done = run("apply_magvit.py", *[names.get(a, a)
-               for a in arguments], *options, code=code, cwd=tmp_path)
-    assert words in done.stderr and not list(tmp_path.glob("x.*"))
+    (["classify", "small.npz"], 2, "this model takes (8, 1, 32, 32)"),
+    (["classify", "model.pt"], 1, "has no videos.npy"), (["dance"], 2, "invalid choice")])
+def test_bad_input_is_one_line_that_says_what_is_right(apply, home, arguments, code, words):
+    np.savez(home / "small.npz", **data_set(40, size=16))
+    before = sorted(os.listdir(home))
+    assert words in apply(*arguments, code=code) and sorted(os.listdir(home)) == before
 
 
-@pytest.mark.parametrize("content, code, words", [
-    (None, 2, "no such model"), (b"", 1, "empty"), (b"garbage", 1, "not a whole model"),
-    ("foreign", 1, "not a model of"), ("checkpoint", 2, "best_model.pt and final_model.pt beside")])
-def test_a_missing_damaged_or_foreign_model_is_one_line(videos, tmp_path, content, code, words):
-    path = tmp_path / "model.pt"
-    if content in ("foreign", "checkpoint"):
-        torch.save({"weights" if content == "foreign" else "learning": torch.zeros(3)}, path)
-    elif content is not None:
-        path.write_bytes(content)
-    assert words in apply(path, "classify", videos, code=code).stderr
+def test_a_model_that_will_not_do_is_one_line_and_none_of_it_is_run(apply, home, tmp_path):
+    whole = (home / "model.pt").read_bytes()
+    flipped = bytearray(whole)
+    flipped[len(flipped) // 2] ^= 8
+    for content, words in ((b"", "not a zip file"), (b"garbage", "not a zip file"),
+                           (whole[:-500], "not a whole model"),
+                           (bytes(flipped), "checksum differs")):
+        (tmp_path / "model.pt").write_bytes(content)
+        assert words in apply("classify", "videos.npz", code=1, model=tmp_path / "model.pt")
+    for key, code, words in (("weights", 1, "not a whole model of train_magvit.py"),
+                             ("learning", 2, "best_model.pt, are beside it")):
+        torch.save({key: torch.zeros(3)}, tmp_path / "model.pt")
+        assert words in apply("classify", "videos.npz", code=code, model=tmp_path / "model.pt")
+    for name, words in (("none.pt", "no such model"), ("", "a directory; name the best_model.pt")):
+        assert words in apply("classify", "videos.npz", code=2, model=tmp_path / name)
 
 
-def test_a_truncated_or_bit_flipped_model_is_refused(model, videos, tmp_path):
-    data = bytearray(model.read_bytes())
-    (tmp_path / "cut.pt").write_bytes(data[:-500])
-    data[len(data) // 2] ^= 8
-    (tmp_path / "flipped.pt").write_bytes(data)
-    for name in ("cut.pt", "flipped.pt"):
-        assert "not a whole model" in apply(tmp_path / name, "classify", videos, code=1).stderr
+def test_a_model_runs_no_code(apply, home, tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return shutil.copy, (str(home / "model.pt"), str(tmp_path / "was run"))
+    torch.save({"format": magvit.FORMAT, "sizes": Evil()}, tmp_path / "model.pt")
+    assert "not a whole model" in apply("classify", "videos.npz", code=1,
+                                        model=tmp_path / "model.pt")
+    assert not (tmp_path / "was run").exists()

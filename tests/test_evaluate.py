@@ -1,99 +1,173 @@
-"""The promises of evaluate_magvit.py: figures that cannot flatter, an evaluation that is saved as it
+"""The promises of evaluate_magvit.py: figures that cannot flatter, an evaluation saved as it
 goes, on any model and any labelled set."""
+import contextlib
+import functools
+import io
 import json
 import os
 import shutil
+import signal
+import subprocess
+import sys
 
 import numpy as np
 import pytest
-from conftest import kill, run, start, wait_for
-from test_train import SIZES, data_set
+from conftest import ROOT
+from test_videos import call, data_set  # noqa: F401
 
-from checkpointing import find_checkpoints, read_progress
+import videos
+from checkpointing import read_progress, read_records
 
 torch = pytest.importorskip("torch") if not os.environ.get("CI") else __import__("torch")
 import evaluate_magvit as ev  # noqa: E402
 import magvit  # noqa: E402
 
-ev.import_torch()
+ONE = {**os.environ, "OMP_NUM_THREADS": "1"}
+SIZES = magvit.Sizes(width=16, encoder_blocks=1, decoder_blocks=1, dim=32, layers=1, heads=2,
+                     chain=16)
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    """Untrained: what is tested is what happens around it."""
-    path = tmp_path_factory.mktemp("model") / "best_model.pt"
+@pytest.fixture(autouse=True, scope="module")
+def small_work():
+    """One thread, which is enough for these tiny models, and a judge that learns little."""
+    threads, steps = torch.get_num_threads(), ev.JUDGE_STEPS
+    torch.set_num_threads(1)
+    ev.JUDGE_STEPS = 4
+    yield
+    torch.set_num_threads(threads)
+    ev.JUDGE_STEPS = steps
+
+
+def untrained():
+    """What is tested is what happens around it."""
     torch.manual_seed(0)
-    path.write_bytes(magvit.saved(magvit.Magvit(magvit.Sizes(**SIZES), (8, 1, 32, 32),
-                                                magvit.CLASSES).state()))
-    return path
+    return magvit.Magvit(SIZES, (8, 1, 32, 32), videos.CLASSES)
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    path = tmp_path_factory.mktemp("data") / "dataset.npz"
-    np.savez(path, **data_set())
-    return path
+def home(tmp_path_factory):
+    """model.pt, set.npz, and out, where one was measured on the other."""
+    home = tmp_path_factory.mktemp("home")
+    (home / "model.pt").write_bytes(magvit.saved(untrained().state()))
+    np.savez(home / "set.npz", **data_set(), made_by="{}")
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        ev.evaluate(ev.Settings(home / "model.pt", home / "set.npz", home / "out", "cpu"))
+    (home / "said").write_text(said.getvalue())
+    return home
 
 
-@pytest.fixture(scope="module")
-def whole(model, data, tmp_path_factory):
-    out = tmp_path_factory.mktemp("evaluation")
-    done = evaluate(model, data, out)
-    return out, done.stdout
+def options(home, model="model.pt", data="set.npz", out="out"):
+    return ("--model", home / model, "--data", home / data, "--out", home / out, "--device", "cpu")
 
 
-def evaluate(model, data, out, *more, **options):
-    return run("evaluate_magvit.py", "--model", model, "--data", data, "--out", out, "--device",
-               "cpu", *more, **options)
+@pytest.fixture
+def evaluate(call):
+    return functools.partial(call, ev)
 
 
-def test_the_table_has_a_baseline_beside_every_figure(whole):
-    out, said = whole
-    for words in ("PSNR", "blank video", "accuracy", "judged right", "at 8 times the work",
-                  "nearest neighbour", "true class by guessed class", "WARNING"):
-        assert words in said
-    assert said.index("generated, judged right") < said.index("surest of 8")
-    metrics = json.loads((out / "metrics.json").read_text())
-    assert {"tokenizer", "classification", "judge", "generation", "prediction",
-            "warnings"} <= metrics.keys()
-    assert metrics["tokenizer"]["codes"] <= 2**18 and metrics["warnings"]
-    progress = read_progress(out / "PROGRESS.txt")
-    assert progress["Status"] == "COMPLETE" and progress["Warning"]
+def test_the_table_is_printed_from_the_rows_each_with_its_baseline(home):
+    said = (home / "said").read_text()
+    metrics = json.loads((home / "out" / "metrics.json").read_text())
+    for line, row in zip(said.splitlines()[1:], metrics["rows"]):
+        words = [row[key] for key in ("group", "words", "text", "baseline_text", "baseline_words")]
+        assert line.split() == " ".join(words).split()
+        assert row["beaten"] in (True, False, None) and isinstance(row["value"], (int, float))
+    rows = {row["key"]: row for row in reversed(metrics["rows"])}
+    assert rows["psnr_db"]["value"] == metrics["tokenizer"]["psnr_db"]
+    assert rows["psnr_db"]["baseline"] == metrics["tokenizer"]["blank_psnr_db"]
+    assert rows["psnr_db"]["beaten"] is False and rows["psnr_db"]["text"].endswith(" dB")
+    assert rows["judged_right"]["baseline"] < ev.GOOD_JUDGE     # so what it says proves nothing
+    assert rows["judged_right"]["beaten"] is None is rows["judged_right_unchosen"]["beaten"]
+    hardest = [row["baseline"] for row in metrics["rows"] if row["key"] == "error_px"]
+    assert len(hardest) == 3 and hardest == sorted(hardest)
+    assert "true class by guessed class" in said
+    assert metrics["warnings"] and all(f"WARNING: {w}" in said for w in metrics["warnings"])
+    progress = read_progress(home / "out" / "PROGRESS.txt")
+    assert progress["Status"] == "COMPLETE"
+    assert progress["Warning"] == "; ".join(metrics["warnings"])
 
 
-def test_killed_and_started_again_it_ends_with_the_same_figures(model, data, whole, tmp_path):
-    process = start("evaluate_magvit.py", "--model", model, "--data", data, "--out", tmp_path,
-                    "--device", "cpu", "--max-minutes", 0.00001)
-    wait_for(lambda: find_checkpoints(tmp_path) or process.poll() is not None, "a checkpoint")
-    kill(process)
-    progress = read_progress(tmp_path / "PROGRESS.txt")
+@pytest.mark.parametrize("change", [
+    lambda path: path.unlink(), lambda path: path.write_bytes(path.read_bytes()[:-9]),
+    lambda path: path.write_bytes(path.read_bytes().replace(b"25", b"26"))])
+def test_a_damaged_or_deleted_result_is_made_again_from_the_state(home, evaluate, change, tmp_path,
+                                                                  monkeypatch):
+    for name in ("model.pt", "set.npz"):
+        shutil.copy(home / name, tmp_path)
+    shutil.copytree(home / "out", tmp_path / "out")
+    change(tmp_path / "out" / "metrics.json")
+    monkeypatch.setattr(ev, "MEASURES", {})     # nothing is measured again
+    assert evaluate(*options(tmp_path)) == (home / "said").read_text()
+    assert (tmp_path / "out/metrics.json").read_bytes() == (
+        home / "out/metrics.json").read_bytes()
+    assert read_progress(tmp_path / "out" / "PROGRESS.txt")["Status"] == "COMPLETE"
+
+
+def test_called_again_it_shows_the_table_and_changes_nothing(home, evaluate):
+    before = {p.name: p.read_bytes() for p in (home / "out").iterdir()}
+    assert evaluate(*options(home)) == (home / "said").read_text()
+    assert {p.name: p.read_bytes() for p in (home / "out").iterdir()
+            if p.name != ".lock"} == {k: v for k, v in before.items() if k != ".lock"}
+
+
+KILLED = """import os, sys; sys.path.insert(0, {root!r})
+import evaluate_magvit as ev
+def killed(*_): os.kill(os.getpid(), 9)
+ev.JUDGE_STEPS, ev.MEASURES[{part!r}] = 4, killed
+ev.main()"""
+
+
+@pytest.mark.parametrize("part", ["generation", pytest.param("prediction",
+                                                             marks=pytest.mark.thorough)])
+def test_killed_and_started_again_it_ends_with_the_same_figures(home, evaluate, tmp_path, part):
+    for name in ("model.pt", "set.npz"):
+        shutil.copy(home / name, tmp_path)
+    code = KILLED.format(root=str(ROOT), part=part)
+    done = subprocess.run([sys.executable, "-c", code, *map(str, options(tmp_path)),
+                           "--max-minutes", "0.00001"], capture_output=True, env=ONE)
+    assert done.returncode == -signal.SIGKILL and len(read_records(tmp_path / "out")) > 1
+    progress = read_progress(tmp_path / "out" / "PROGRESS.txt")
     assert progress["Status"] == "RUNNING" and "(100%)" not in progress["Progress"]
-    evaluate(model, data, tmp_path)
-    assert (tmp_path / "metrics.json").read_bytes() == (whole[0] / "metrics.json").read_bytes()
+    assert evaluate(*options(tmp_path)) == (home / "said").read_text()
+    assert (tmp_path / "out/metrics.json").read_bytes() == (
+        home / "out/metrics.json").read_bytes()
 
 
-def test_called_again_it_shows_the_table_and_changes_nothing(model, data, whole, tmp_path):
-    out = shutil.copytree(whole[0], tmp_path / "copy")
-    before = {p.name: p.read_bytes() for p in out.iterdir()}
-    assert "on held-out test videos" in evaluate(model, data, out).stdout
-    assert {p.name: p.read_bytes() for p in out.iterdir()} == before
+def test_what_will_not_do_is_refused_in_one_line_and_leaves_no_directory(home, evaluate):
+    arrays = data_set(seed=7)
+    np.savez(home / "other.npz", **arrays, made_by="{}")
+    assert "data was" in evaluate(*options(home, data="other.npz"), code=2)
+    np.savez(home / "small.npz", **data_set(size=16))
+    assert "this model takes (8, 1, 32, 32), linear" in evaluate(
+        *options(home, data="small.npz", out="new"), code=2)
+    np.savez(home / "two.npz", videos=arrays["videos"], labels=arrays["labels"] % 2)
+    assert "2 classes of" in evaluate(*options(home, data="two.npz", out="new"), code=2)
+    assert "no such data" in evaluate(*options(home, data="none.npz", out="new"), code=2)
+    assert "no such model" in evaluate(*options(home, model="none.pt", out="new"), code=2)
+    assert "a directory; name the best_model.pt in it" in evaluate(
+        *options(home, model=".", out="new"), code=2)
+    assert "must be above 0" in evaluate(*options(home), "--heartbeat", 0, code=2)
+    assert not (home / "new").exists()
 
 
-def test_another_set_or_model_is_refused_where_one_was_measured(model, data, whole, tmp_path):
-    np.savez(tmp_path / "other.npz", **data_set(seed=7))
-    assert "data was" in evaluate(model, tmp_path / "other.npz", whole[0], code=2).stderr
-    np.savez(tmp_path / "small.npz", **data_set(size=16))
-    refused = evaluate(model, tmp_path / "small.npz", tmp_path / "out", code=2).stderr
-    assert "this model takes (8, 1, 32, 32)" in refused
+def test_the_smallest_foreign_set_that_is_taken_is_measured_to_the_end(evaluate, tmp_path):
+    """Two classes of ten videos, so two test videos."""
+    arrays = data_set(80)
+    chosen = np.flatnonzero(arrays["labels"] < 2)[:20]
+    np.savez(tmp_path / "set.npz", videos=arrays["videos"][chosen], labels=arrays["labels"][chosen])
+    (tmp_path / "model.pt").write_bytes(magvit.saved(magvit.Magvit(
+        SIZES, (8, 1, 32, 32), ["left", "right"]).state()))
+    assert "class by guessed class" in evaluate(*options(tmp_path))
+    assert "NaN" not in (tmp_path / "out" / "metrics.json").read_text()
 
 
 def test_blank_videos_do_not_score():
-    videos = torch.from_numpy(data_set()["videos"])
-    blank = torch.zeros_like(videos)
-    assert (ev.count_dots(blank) == 0).all() and (ev.count_dots(videos) == 1).all()
-    two = torch.maximum(videos, videos.flip(-1).roll(1, 0))
+    real = torch.from_numpy(data_set()["videos"])
+    blank = torch.zeros_like(real)
+    assert (ev.count_dots(blank) == 0).all() and (ev.count_dots(real) == 1).all()
+    two = torch.maximum(real, real.flip(-1).roll(1, 0))
     assert 0.5 < (ev.count_dots(two) == 2).float().mean() <= 1
-    assert (ev.centroids(blank) - ev.centroids(videos)).norm(dim=-1).mean() > 3
+    assert (ev.centroids(blank) - ev.centroids(real)).norm(dim=-1).mean() > 3
 
 
 def test_centroids_are_those_of_the_data_set():
@@ -102,29 +176,34 @@ def test_centroids_are_those_of_the_data_set():
     assert (found - torch.from_numpy(arrays["trajectory_2d"])).abs().max() < 0.15
 
 
-def test_codes_that_collapsed_and_accuracy_at_chance_are_said_in_words(model, whole):
-    collapsed = magvit.Magvit.load(model, torch.device("cpu"))
+def bench_of(model, count):
+    arrays = data_set(count)
+    data = videos.Data(arrays["videos"], arrays["labels"], list(videos.CLASSES))
+    part = videos.split(data.labels)
+    return ev.Bench(model.requires_grad_(False), data, part, 0), part
+
+
+def test_codes_that_collapsed_and_accuracy_at_chance_are_said_in_words(home):
+    collapsed = untrained()
     for linear in (collapsed.tokenizer.coarse, collapsed.tokenizer.to_code[1]):
         linear.weight.data.zero_()   # every place of every video gets the same code
-    arrays = data_set()
-    data = magvit.Data(arrays["videos"], arrays["labels"], list(magvit.CLASSES))
-    bench = ev.Bench(collapsed, data, magvit.split(data.labels), 0)
-    metrics = json.loads((whole[0] / "metrics.json").read_text())
-    with torch.no_grad():
-        rows = ev.measure_reconstruction(bench, None, 0, len(bench.many))
-    metrics["tokenizer"] = ev.of_tokenizer(rows, collapsed)
+    bench = bench_of(collapsed, 80)[0]
+    metrics = json.loads((home / "out" / "metrics.json").read_text())
+    facts, rows = ev.of_tokenizer(ev.measure_reconstruction(bench, None, 0, len(bench.many)),
+                                  collapsed)
+    metrics["tokenizer"] = facts | {key: value for key, _, _, value, *_ in rows} | {
+        "foreground_places": 64, "skill": 0.3}
     assert metrics["tokenizer"]["active_codes"] == 1
     metrics["classification"].update(accuracy=0.26, videos=400)
-    said = " ".join(ev.warnings_of(metrics, 4))
-    for words in ("codes have collapsed", "hardly beats a blank video", "accuracy is at chance"):
+    said = " ".join(ev.warnings_of(metrics, videos.CLASSES))
+    for words in ("codes have collapsed", "hardly beats a blank video", "accuracy is at chance",
+                  "judge of generated videos is right on only"):
         assert words in said
+    metrics["tokenizer"]["skill"] = -2
+    assert "worse than a blank video" in " ".join(ev.warnings_of(metrics, videos.CLASSES))
 
 
-def test_no_video_is_measured_that_training_saw(data):
-    arrays = data_set(400)
-    whole = magvit.Data(arrays["videos"], arrays["labels"], list(magvit.CLASSES))
-    model = magvit.Magvit(magvit.Sizes(**SIZES), (8, 1, 32, 32), magvit.CLASSES)
-    part = magvit.split(whole.labels)
-    bench = ev.Bench(model, whole, part, 0)
-    assert (part[bench.many] == magvit.TEST).all() and (part[bench.few] == magvit.TEST).all()
+def test_no_video_is_measured_that_training_saw():
+    bench, part = bench_of(untrained(), 400)
+    assert (part[bench.many] == videos.TEST).all() and (part[bench.few] == videos.TEST).all()
     assert torch.bincount(bench.labels[bench.many]).tolist() == [10] * 4

@@ -1,0 +1,265 @@
+"""Videos and their labels: read, checked, split. The one place that knows how they lie in files.
+
+A set is an .npz with `videos` (N, T, C, H, W), uint8 or floats in [0, 1], and `labels` (N,), or a
+run directory of generate.py, also while it is being filled. What will not do is refused before the
+videos are read, in one line that says what to type.
+"""
+import contextlib
+import hashlib
+import io
+import math
+import os
+import re
+import resource
+import tempfile
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+import checkpointing
+from checkpointing import WRONG_SETTINGS, CheckpointError
+
+CLASSES = ("linear", "circular", "helical", "parabolic")    # a label is an index here
+LIT = 0.02              # a pixel brighter than this, of 1, is foreground
+SMALLEST_CLASS = 10     # videos; fewer leave a class without a test video
+BLOCK = 32 << 20        # bytes of videos in hand at a time
+MEMORY_SHARE = 0.5      # of the free memory that the videos may take
+
+
+def decibels(mse):
+    """PSNR of a mean squared error on a scale of 0 to 1."""
+    return -10 * math.log10(max(mse, 1e-12))
+
+
+@dataclass
+class Data:
+    videos: np.ndarray      # uint8 (N, T, C, H, W)
+    labels: np.ndarray      # int64 (N,)
+    classes: list           # names
+
+    def first(self, n):
+        return Data(self.videos[:n], self.labels[:n], self.classes)
+
+
+def load(path):
+    """Data that can be learned; CheckpointError in words if they will not do."""
+    return Data(*read(path, check_labels))
+
+
+def read(path, check=lambda path, count, *labels_and_names: labels_and_names):
+    """(videos, labels or None, class names or None) of an .npz or a run directory."""
+    path = Path(path)
+    if not path.exists():
+        raise CheckpointError(f"{path}: no such data; run generate.py and merge.py", WRONG_SETTINGS)
+    files = pieces_of(path) if path.is_dir() else [path]
+    shapes, labels, names = zip(*map(described, files))
+    if len({shape[1:] for shape in shapes}) > 1:
+        raise CheckpointError(f"{path}: its pieces hold videos of different shapes")
+    shape = sum(shape[0] for shape in shapes), *shapes[0][1:]
+    labels = None if labels[0] is None else np.concatenate(labels)
+    labels, names = check(path, shape[0], labels, CLASSES if path.is_dir() else names[0])
+    return gathered(blocks_of(files), shape, path), labels, names and list(names)
+
+
+# --------------------------------------------------------------------------------------------------
+# What a file says of its videos before these are read
+
+@contextlib.contextmanager
+def opened(path, file=None):
+    """The ZipFile of an .npz, or of `file`, its content; CheckpointError in words if it is none."""
+    try:
+        with zipfile.ZipFile(file or path) as archive:
+            yield archive
+    except CheckpointError:
+        raise
+    except Exception as error:      # zipfile and numpy raise a dozen kinds on foreign bytes
+        words = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
+        raise CheckpointError(f"{path}: cannot be read as an .npz ({words[:200]})") from None
+
+
+def header_of(stream):
+    """(dtype, shape, whether in Fortran order) of the .npy that begins here."""
+    one = np.lib.format.read_magic(stream) == (1, 0)
+    shape, fortran, dtype = (np.lib.format.read_array_header_1_0 if one else
+                             np.lib.format.read_array_header_2_0)(stream)
+    return dtype, shape, fortran
+
+
+def arrays(path, names, file=None):
+    """{name: array}, of an .npz, of those it has; each is whole and its checksum compared."""
+    with opened(path, file) as archive:
+        return {name: np.lib.format.read_array(io.BytesIO(archive.read(f"{name}.npy")))
+                for name in names if f"{name}.npy" in archive.namelist()}
+
+
+def described(file):
+    """(shape of the videos, labels or None, class names or None)."""
+    small = {name: np.atleast_1d(array) for name, array in arrays(
+        file, ("labels", "class_names", "made_by")).items()}
+    with opened(file) as archive:
+        if "videos.npy" not in archive.namelist():
+            raise CheckpointError(f"{file}: has no videos.npy; it has {archive.namelist()}")
+        with archive.open("videos.npy") as stream:
+            dtype, shape, fortran = header_of(stream)
+    if len(shape) == 5 and shape[4] <= 4 < min(shape[2:4]):
+        raise CheckpointError(f"{file}: videos {shape} look like (N, T, H, W, C); store "
+                              "np.moveaxis(videos, -1, 2)", WRONG_SETTINGS)
+    if len(shape) != 5 or 0 in shape or shape[1] < 4 or min(shape[3:]) < 8 or fortran:
+        order = ", in Fortran order" if fortran else ""
+        raise CheckpointError(f"{file}: videos must be (N, T, C, H, W), in C order, of 4 frames of "
+                              f"8x8 pixels or more; they are {shape}{order}", WRONG_SETTINGS)
+    if dtype != np.uint8 and dtype.kind != "f":
+        raise CheckpointError(f"{file}: videos must be uint8, or float in [0, 1]; they are {dtype}")
+    names = small.get("class_names", CLASSES if "made_by" in small else None)
+    return shape, small.get("labels"), None if names is None else [*map(str, names)]
+
+
+def check_labels(path, count, labels, names):
+    """(labels int64 (N,), class names), if they can be learned."""
+    if labels is None:
+        raise CheckpointError(f"{path}: has no labels; training and evaluation need them")
+    if labels.shape != (count,) or labels.dtype.kind not in "iu" or labels.min() < 0:
+        raise CheckpointError(f"{path}: labels must be integers from 0 on, one a video; they are "
+                              f"{labels.dtype} {labels.shape}")
+    highest = int(labels.max())
+    if highest >= (1000 if names is None else len(names)):
+        known = "at most 1,000 classes" if names is None else f"its classes are {', '.join(names)}"
+        raise CheckpointError(f"{path}: video {labels.argmax()} has label {highest}, but {known}")
+    if labels.min() == highest:
+        raise CheckpointError(f"{path}: all its videos have label {highest}; it takes two")
+    labels, names = labels.astype(np.int64), names or [f"class {k}" for k in range(highest + 1)]
+    sizes = np.bincount(labels, minlength=len(names))
+    if sizes.min() < SMALLEST_CLASS:
+        raise CheckpointError(f"{path}: {names[sizes.argmin()]} has {sizes.min()} videos of {count}"
+                              f"; each class needs {SMALLEST_CLASS}, to learn from and to test on")
+    return labels, names
+
+
+def pieces_of(path):
+    """Files of what is complete of a run, from sample 0 up to the first gap or bad file."""
+    there = [(record["start"], record["stop"], directory / name, record)
+             for directory in [path, *path.glob("shard_*_of_*")]
+             for name, record in checkpointing.read_records(directory).items()]
+    files, at = [], 0
+    for start, stop, file, record in sorted(there, key=lambda piece: piece[:3]):
+        if start == at and file.exists() and not checkpointing.problem_with(file, record):
+            files.append(file)
+            at = stop
+    if not files:
+        raise CheckpointError(f"{path}: no run of generate.py with a good checkpoint_*.npz")
+    return files
+
+
+# --------------------------------------------------------------------------------------------------
+# The videos themselves, a few at a time
+
+def blocks_of(files):
+    """The videos of all files as uint8 (n, T, C, H, W), a few at a time; floats are checked."""
+    for file in files:
+        with opened(file) as archive, archive.open("videos.npy") as stream:
+            dtype, shape, _ = header_of(stream)
+            each = math.prod(shape[1:]) * dtype.itemsize
+            for first in range(0, shape[0], max(1, BLOCK // each)):
+                count = min(max(1, BLOCK // each), shape[0] - first)
+                block = np.frombuffer(stream.read(count * each), dtype).reshape(count, *shape[1:])
+                yield block if dtype == np.uint8 else whole_numbers(block, file, first)
+            stream.read(1)      # at the end the checksum is compared
+
+
+def whole_numbers(videos, file, number):
+    """uint8 of floats that are in [0, 1] but for rounding; `number` is the first video's."""
+    levels = (videos * 255).round()
+    bad = ~((levels >= 0) & (levels <= 255)).all((1, 2, 3, 4))      # NaN is bad, too
+    for i in np.flatnonzero(bad)[:1]:
+        raise CheckpointError(f"{file}: floats must lie in [0, 1]; video {number + i} goes from "
+                              f"{videos[i].min():g} to {videos[i].max():g}. Scale them: videos / "
+                              "255 if they go to 255, (videos + 1) / 2 if they begin at -1")
+    return levels.astype(np.uint8)
+
+
+def gathered(blocks, shape, path):
+    """One array of all blocks: in memory or, where that is too small, in a file that has no name
+    and is gone with the process."""
+    size, free = math.prod(shape), free_memory()
+    if size <= free * MEMORY_SHARE:
+        videos, at = np.empty(shape, np.uint8), 0
+        for block in blocks:
+            videos[at:at + len(block)] = block
+            at += len(block)
+        return videos
+    place = os.environ.get("TMPDIR") or (path if path.is_dir() else path.parent)
+    try:
+        with tempfile.TemporaryFile(dir=place) as file:
+            for block in blocks:
+                file.write(block)       # not into the map, where a full disk would be a crash
+            file.flush()
+            return np.memmap(file, np.uint8, "r+", shape=shape)
+    except OSError as error:
+        raise CheckpointError(f"{path}: its {size:,} bytes of videos fit neither into the memory "
+                              f"({free:,} free) nor into a file in {place} ({error.strerror}). Set "
+                              "TMPDIR to a directory with more room") from None
+
+
+def free_memory():
+    """Bytes that this process may still take: of the machine, its containers and its ulimits."""
+    page, taken = os.sysconf("SC_PAGE_SIZE"), 0
+    free = [page * os.sysconf("SC_PHYS_PAGES")]
+    with contextlib.suppress(OSError, TypeError):
+        free.append(1024 * int(re.search(r"MemAvailable: +(\d+)",
+                                         Path("/proc/meminfo").read_text())[1]))
+        taken = page * int(Path("/proc/self/statm").read_text().split()[0])
+    limits = [resource.getrlimit(kind)[0] for kind in (resource.RLIMIT_AS, resource.RLIMIT_DATA)]
+    free += [most - taken for most in limits if most != resource.RLIM_INFINITY]
+    return max(0, min(free + free_in_groups(Path("/sys/fs/cgroup"), Path("/proc/self/cgroup"))))
+
+
+def free_in_groups(root, own):
+    """What the control groups (version 1 or 2) of this process, and those around them, leave it."""
+    free, names = [], {"": ("memory.max", "memory.current"),
+                       "memory": ("memory.limit_in_bytes", "memory.usage_in_bytes")}
+    with contextlib.suppress(OSError):
+        for kind, path in re.findall(r"^\d+:(|memory):/(.*)$", own.read_text(), re.M):
+            group = root / kind / path
+            for place in (group, *group.parents):
+                with contextlib.suppress(OSError, ValueError):     # "max" where there is no limit
+                    most, used = (int((place / name).read_text()) for name in names[kind])
+                    cache = re.findall(r"inactive_file (\d+)", (place / "memory.stat").read_text())
+                    free.append(most - used + int([0, *cache][-1]))     # the kernel gives that up
+    return free
+
+
+# --------------------------------------------------------------------------------------------------
+# Training, validation and test
+
+TRAIN, VALIDATION, TEST = 0, 1, 2
+PARTS = ("training", "validation", "test")
+
+
+def split(labels):
+    """TRAIN, VALIDATION or TEST for each video: of ten of a class, in their order, the first eight,
+    the ninth, the tenth. Stratified, and stable: a video keeps its part when more are added."""
+    part = np.zeros(len(labels), np.int64)
+    for k in np.unique(labels):
+        rank = np.arange((labels == k).sum()) % 10
+        part[labels == k] = np.where(rank < 8, TRAIN, rank - 7)
+    return part
+
+
+def checked_split(data):
+    """(part of each video, a digest of the set); refuses the same video in two parts."""
+    part = split(data.labels)
+    whole = hashlib.sha256(data.labels.tobytes())
+    digests = np.empty((len(part), 2), np.uint64)
+    for i, video in enumerate(data.videos):
+        digest = hashlib.blake2b(np.ascontiguousarray(video), digest_size=16).digest()
+        whole.update(digest)
+        digests[i] = np.frombuffer(digest, np.uint64)
+    order = np.lexsort(digests.T)      # stable: of the same videos the first comes first
+    same = (digests[order[1:]] == digests[order[:-1]]).all(1)
+    pairs = [(b, a) for a, b in zip(order[:-1][same], order[1:][same]) if part[a] != part[b]]
+    for i, first in sorted(pairs)[:1]:
+        raise CheckpointError(f"video {i} ({PARTS[part[i]]}) is the same as video {first} "
+                              f"({PARTS[part[first]]}): the figures would flatter. Remove one")
+    return part, whole.hexdigest()[:16]

@@ -2,69 +2,64 @@
 
     torchrun --standalone --nproc_per_node=2 train_magvit.py
 
-Process 0 leads: it alone has a Run, so it alone saves, says and decides. All others compute their
-share of every batch and follow. What they exchange goes over gloo from the host's memory, over
-NCCL from a GPU's.
+Process 0 leads: it alone has a Run, so it alone saves, says and decides. The others compute their
+share of each batch and follow. They talk over gloo, about what is on a GPU over NCCL.
 """
 import contextlib
 import json
 import os
 import signal
-import socket
-import sys
 import time
 from datetime import timedelta
 
+import torch
+from torch import distributed
+
+import checkpointing
 from checkpointing import FAILED, WRONG_SETTINGS, CheckpointError
 
+TORCHRUN = "TORCHELASTIC_RUN_ID"    # torchrun sets it for what it starts
 PATIENCE = timedelta(minutes=30)    # for another process, which may be compiling or saving
+ASK_EVERY = 16      # steps on a GPU, where asking the others waits for the device
 
 
 class Processes:
     """This process among the others; torchrun says in the environment which one it is."""
 
     def __init__(self):
-        self.number = int(os.environ.get("RANK", 0))
-        self.count = int(os.environ.get("WORLD_SIZE", 1))
+        self.number, self.count = (int(os.environ[name]) if TORCHRUN in os.environ else alone
+                                   for name, alone in (("RANK", 0), ("WORLD_SIZE", 1)))
         self.leads, self.alone = self.number == 0, self.count == 1
-        self.started_by = None if self.alone else (     # the same at every restart by one torchrun
-            f"{os.environ.get('TORCHELASTIC_RUN_ID')} {os.getppid()}")
-        self.asked = 0      # the signal that asked this follower to stop
 
     def join(self, device):
         """Meet the others; on GPUs, take one's own."""
+        self.device = device
+        if TORCHRUN not in os.environ and {"RANK", "WORLD_SIZE"} & os.environ.keys():
+            raise CheckpointError("the environment has a RANK or WORLD_SIZE, but torchrun did not "
+                                  "start this. Type: unset RANK WORLD_SIZE", WRONG_SETTINGS)
         if self.alone:
             return
-        global torch, distributed
-        import torch
-        from torch import distributed
         if device.type == "cuda":
-            mine, there = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
-            if mine >= there:
-                raise CheckpointError(f"{there} GPUs are here, and a process for each is all that "
-                                      f"helps: torchrun --nproc_per_node={there}", WRONG_SETTINGS)
-            torch.cuda.set_device(mine)
+            if int(os.environ["LOCAL_WORLD_SIZE"]) > torch.cuda.device_count():
+                raise CheckpointError("more processes than GPUs; use --nproc_per_node=gpu",
+                                      WRONG_SETTINGS)
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         with reached():
             store = next(distributed.rendezvous("env://", timeout=PATIENCE))[0]
             distributed.init_process_group(
                 "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE,
                 store=distributed.PrefixStore(self._start(store), store),
                 rank=self.number, world_size=self.count)
-        if not self.leads:   # all leave together, at a step that all agree on
-            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-                signal.signal(number, self._ask)
 
     def _start(self, store):
         """A name for this start, the same in all processes, that no earlier start has had.
 
         torchrun keeps one store over all restarts, and the addresses of the dead in it: whoever
-        reads them waits for ever (seen with torch 2.13, in three of four groups killed four times;
-        the count of restarts does not help, since on several machines it differs). So the leader
-        names the start, beside what it has read of the others; a follower believes it once it finds
-        there what it has just written itself. All of an earlier start are dead by then.
+        reads them waits for ever (seen with torch 2.13; on several machines the counts of restarts
+        differ). So the leader names the start, beside what it has read of the others; a follower
+        believes it once it finds there what it has just written itself.
         """
-        name, mine = os.urandom(8).hex(), os.urandom(8).hex()
-        others = [number for number in range(self.count) if number]
+        name, mine, others = os.urandom(8).hex(), os.urandom(8).hex(), range(1, self.count)
         if not self.leads:
             store.set(f"here {self.number}", mine)
         while True:
@@ -80,74 +75,60 @@ class Processes:
                     return name
             time.sleep(0.02)
 
-    def _ask(self, number, frame):
-        self.asked = number
-
-    def leave(self):
-        if not self.alone and distributed.is_initialized():
-            distributed.destroy_process_group()
-
-    # -- what all of them know
+    @contextlib.contextmanager
+    def one_voice(self):
+        """What goes wrong is one line on each machine."""
+        first_here = os.environ.get("LOCAL_RANK", "0") == "0"
+        try:
+            with checkpointing.one_line_errors() if first_here else contextlib.nullcontext():
+                yield
+                if not self.alone:
+                    distributed.destroy_process_group()
+        except (CheckpointError, OSError) as error:
+            raise SystemExit(getattr(error, "exit_code", FAILED)) from None
 
     def given(self, value):
         """The leader's `value`, in every process."""
-        if self.alone:
-            return value
         box = [value]
-        with reached():
-            distributed.broadcast_object_list(box, src=0)
+        if not self.alone:
+            with reached():
+                distributed.broadcast_object_list(box, src=0)
         return box[0]
 
-    @contextlib.contextmanager
-    def together(self):
-        """A block that succeeds in all processes or ends all; the leader says why, once.
+    def check_same(self, value, what):
+        """CheckpointError in all of them if `value` is not the same in all."""
+        values = [value] * self.count
+        if not self.alone:
+            with reached():
+                distributed.all_gather_object(values, value)
+        if values != [value] * self.count:
+            raise CheckpointError(f"{what} is not the same for all processes; copy it to all",
+                                  WRONG_SETTINGS)
 
-        Inside it a process must not wait for another.
-        """
-        error, outcomes = None, [None] * self.count
-        try:
-            yield
-        except Exception as caught:
-            error = caught
-        if self.alone:
-            if error:
-                raise error
-            return
-        mine = error and (str(error) if isinstance(error, CheckpointError)
-                          else f"{type(error).__name__}: {error}",
-                          getattr(error, "exit_code", FAILED))
-        with reached():
-            distributed.all_gather_object(outcomes, (socket.gethostname(), mine))
-        if error and self.leads:
-            raise error
-        for number, (host, failed) in enumerate(outcomes):
-            if failed:
-                raise CheckpointError(f"process {number} on {host}: {failed[0]}", failed[1])
-
-    def stop(self, number):
-        """The signal that asks any of them to stop, or None; `number` is this one's own."""
+    def asked(self, number, done):
+        """The signal at which all leave after step `done`, or None; `number` came to this one."""
         if self.alone:
             return number
-        asked = torch.tensor(number or self.asked or 0)
+        if self.device.type == "cuda" and done % ASK_EVERY:
+            return None
+        highest = torch.tensor(number or 0)
         with reached():
-            distributed.all_reduce(asked, distributed.ReduceOp.MAX)
-        return int(asked) or None
-
-    # -- what they compute together
+            distributed.all_reduce(highest, distributed.ReduceOp.MAX)
+        if highest and not number:
+            signal.raise_signal(int(highest))
+        return int(highest) or None
 
     def share(self, count):
         """(first, last + 1) of this process's part of `count` things in a row."""
         return self.number * count // self.count, (self.number + 1) * count // self.count
 
-    def total(self, tensor):
-        """The sum over all processes, in place."""
+    def add(self, tensors):
+        """Each becomes its sum over all processes, in one exchange."""
+        if self.alone:
+            return
+        flat = torch.cat([tensor.flatten() for tensor in tensors])
         with reached():
-            distributed.all_reduce(tensor)
-        return tensor
-
-    def average(self, tensors):
-        """Each becomes its mean over all processes, in one exchange."""
-        flat = self.total(torch.cat([tensor.flatten() for tensor in tensors])) / self.count
+            distributed.all_reduce(flat)
         parts = flat.split([tensor.numel() for tensor in tensors])
         torch._foreach_copy_(tensors, [p.view_as(t) for p, t in zip(parts, tensors, strict=True)])
 
@@ -158,34 +139,32 @@ def reached():
     try:
         yield
     except RuntimeError as error:   # gloo's errors are nothing more special
-        reason = " ".join(str(error).split())[:120]
-        raise CheckpointError(f"another process of this training is gone ({reason}). What was saved"
-                              " is safe: torchrun --max-restarts=3 starts all of them again by "
-                              "itself, and so does the same command") from None
+        words = " ".join(str(error).split())[:120]
+        raise CheckpointError(f"another process of this training is gone ({words}). What was saved "
+                              "is safe; the same command goes on, torchrun --max-restarts=3 by "
+                              "itself") from None
 
 
-class Follower:
+class Follower(contextlib.nullcontext):
     """In place of a Run, in the processes that do not lead: nothing is said or saved there."""
 
-    total = done = 0
-    begun = False
     stopping = None
-    heard = False       # the leader is there to say what goes wrong
 
-    def ignore(self, *arguments, **fields):
-        pass
+    def __init__(self):
+        super().__init__(self)
+        for number in checkpointing.ALL_SIGNALS:
+            signal.signal(number, self._ask)
 
-    begin = update = expect = log = due = ignore
+    def _ask(self, number, frame):
+        self.stopping = number
+
+    def load(self, default, read):
+        return default
 
     def leave_if_asked(self):
-        if self.stopping:
-            raise SystemExit(128 + self.stopping)
+        raise SystemExit(128 + self.stopping)
 
-    def __enter__(self):
-        return self
+    def ignore(self, *_, **fields):
+        pass
 
-    def __exit__(self, kind, error, trace):
-        if kind is CheckpointError:
-            if not self.heard and os.environ.get("LOCAL_RANK") == "0":
-                print(f"on {socket.gethostname()}: error: {error}", file=sys.stderr)
-            raise SystemExit(error.exit_code) from None   # else the leader says it
+    update = expect = log = due = ignore

@@ -1,26 +1,23 @@
 #!/usr/bin/env bash
-# See what every run below a directory is doing, on this machine or over ssh, until all have ended.
-# Works with macOS's bash 3.2 and BSD tools. The remote machine needs only sh and what every system
-# has beside it: find, sed, head, tr, cut, sort, date, ps.
+# See what every run below a directory does, on this machine or over ssh, until all are COMPLETE.
+# Works with macOS's bash 3.2 and BSD tools. The remote machine needs sh, and flock or perl.
 set -u
 export LC_ALL=C PATH="$PATH:/usr/bin:/bin:/usr/sbin:/sbin"
 
 usage() {
     cat <<'END'
 usage: monitor_progress.sh [-1] [-i SECONDS] [-k KEY] [USER@HOST:]DIR ...
-  -1          look once
-  -i SECONDS  between two looks (default 30)
-  -k KEY      the ssh key to use
+  -1 looks once; -i SECONDS between two looks (default 30); -k KEY is the ssh key to use
 Without a target, REMOTE from the environment is watched, with the key SSH_KEY if it is set:
   export REMOTE=ubuntu@ec2:project/results SSH_KEY=~/.ssh/ec2.pem; ./monitor_progress.sh
-Exit codes: 0 all COMPLETE; 1 one is FAILED, INTERRUPTED or DEAD; 2 usage, key or host key; with -1
-also 3 unreachable, 4 not ended yet; 130 Ctrl-C.
+Exit codes: 0 all are COMPLETE; 2 usage, key or host key; 130 Ctrl-C; with -1 also
+1 one is FAILED, INTERRUPTED or DEAD; 3 unreachable; 4 not ended yet.
 END
 }
 
 fail() { printf 'monitor_progress.sh: %s\n' "$*" >&2; exit 2; }
 
-# ---- shared with the other script, word for word (a test compares them) -----------------------
+# ---- the same in both scripts -----------------------------------------------------------------
 
 # Prints $1 in single quotes, which every shell reads; %q would write $'...', which dash does not.
 quote() {
@@ -33,128 +30,29 @@ quote() {
     printf "'%s'" "$out$rest"
 }
 
-# Prints $1 as a person would type it: quoted only where it must be.
-typed() { case $1 in '' | *[!A-Za-z0-9@%+=:,./_-]*) quote "$1" ;; *) printf '%s' "$1" ;; esac; }
+ssh_options=(-o BatchMode=yes -o ConnectTimeout=10 -o ServerAliveInterval=10
+    -o ServerAliveCountMax=3 -o StrictHostKeyChecking=accept-new -o ClearAllForwardings=yes
+    -o RequestTTY=no -o RemoteCommand=none)
 
-# Prints file $1 for a terminal: no control characters, no carriage returns, as ssh ends its lines.
-plain() { tr -d '\r' <"$1" | tr -c '\n -~' '?'; }
-
-# watched SECONDS COMMAND ...: runs it in a process group of its own, of which nothing is left at
-# the end; exit code 124 when the time was over. SIGTERM comes first and goes to the command alone:
-# openrsync keeps what it has of a file on SIGTERM, but not on SIGALRM or SIGKILL, and the processes
-# of GNU rsync lose it when a signal meets them in their cleaning up.
-watched() {
-    exec perl -e '
-        my ($left, $asked, $late) = (shift, 0, 0);
-        my $child = fork;
-        exit 126 unless defined $child;
-        unless ($child) { setpgrp(0, 0); exec { $ARGV[0] } @ARGV; exit 127 }
-        setpgrp($child, $child);
-        sub stop {
-            kill TERM => $asked++ ? -$child : $child;
-            kill KILL => -$child if $asked > 2;
-            alarm 3;
-        }
-        $SIG{$_} = sub { stop() unless $asked } for qw(TERM INT HUP);
-        $SIG{ALRM} = sub { $late = 1 unless $asked; stop() };
-        alarm $left;
-        waitpid $child, 0;
-        my $status = $?;
-        alarm 0;
-        for (1 .. 30) {   # its children may still be putting away what they have
-            kill $_ > 20 ? "TERM" : 0, -$child or last;
-            select undef, undef, undef, 0.1;
-        }
-        kill KILL => -$child;
-        exit 124 if $late;
-        exit($status & 127 ? 128 + ($status & 127) : $status >> 8);
-    ' "$@"
-}
-
-# Says what to type for target $1, if it has what other tools take and these scripts do not.
-target_trouble() {
-    local rest=${1#*:} port='22022' name='ec2:DIR'
-    case $1 in
-        ssh://* | sftp://* | scp://* | rsync://* | \[*\]:*) ;;
-        *::*) case ${1%%::*} in */* | *:*) return 1 ;; esac ;;
-        *:*:*)
-            case ${1%%/*} in *:*) ;; *) return 1 ;; esac
-            case ${rest%%:*} in '' | *[!0-9]*) return 1 ;; esac
-            port=${rest%%:*} name=ec2:${rest#*:} ;;
-        *) return 1 ;;
-    esac
-    printf '%s' "$1: give USER@HOST:DIR. Ports, users, jump hosts and addresses have their place" \
-        " in ~/.ssh/config: lines 'Host ec2', 'HostName ADDRESS', 'Port $port', 'User ubuntu';" \
-        " then type $name"
-}
-
-# What ssh gives as the reason: its last line in file $1, without warnings and lines of rsync's own.
+# Prints why host $2 did not answer: the last line of $1, all that ssh said. Returns 0 if waiting
+# does not mend it. The two cases that cost people hours are told with what to type.
 reason() {
-    plain "$1" | grep -Ev '^Warning: Permanently added|^\*\* |^rsync|^@@@|^[[:space:]]*$' |
-        tail -n 1 | cut -c 1-200
+    local last entry file
+    last=$(grep -Ev '^look-|^[|]|^Warning: Permanently added|^rsync|^ *$' <<<"$1" | tail -n 1)
+    case $1 in
+        *'HOST IDENTIFICATION HAS CHANGED'*)
+            entry=$(sed -n 's/^Host key for \(.*\) has changed and .*/\1/p' <<<"$1")
+            file=$(sed -n 's/^Offending .* in \(.*\):[0-9]*$/\1/p' <<<"$1" | head -n 1)
+            printf '%s' "$2 shows another host key than before. If you know why (a new machine" \
+                " behind the same name), type: ssh-keygen -R $(quote "$entry")" \
+                " -f $(quote "$file")    Otherwise someone may be in between" ;;
+        *'are too open'*)
+            file=$(sed -n "s/^Permissions [0-7]* for '\(.*\)' are too open.*/\1/p" <<<"$1")
+            printf '%s' "ssh uses no key that others may read; type: chmod 600 $(quote "$file")" ;;
+        *'Permission denied ('*) printf '%s' "$last" ;;
+        *) printf '%.200s' "${last:-no answer}"; return 1 ;;
+    esac
 }
-
-# Leaves in file $1, for want of ssh's own words, what the host printed instead of answering ($2).
-host_words() {
-    if [ -z "$(reason "$1")" ]; then plain "$2" | grep -v '^look-' | head -n 20 >>"$1"; fi
-}
-
-# Says what to do about trouble of ssh that waiting does not mend: $1 ssh's words, $2 host, $3 key.
-ssh_trouble() {
-    if grep -q 'HOST IDENTIFICATION HAS CHANGED\|Host key verification failed' "$1"; then
-        host_key_trouble "$1" "$2"
-    elif grep -q 'Permission denied ([a-z]\|Too many authentication failures' "$1"; then
-        key_trouble "$1" "$2" "$3"
-    elif grep -q 'Bad configuration option\|command-line: line\|invalid characters' "$1" ||
-        grep -q 'Please login as the user' "$1"; then   # what cloud machines say to root
-        reason "$1"
-    else
-        return 1
-    fi
-}
-
-# The entry's name and file are in ssh's words: for an alias or a port they are not the host's.
-host_key_trouble() {
-    local entry file
-    entry=$(plain "$1" | sed -n 's/^Host key for \(.*\) has changed and .*/\1/p' | head -n 1)
-    file=$(plain "$1" | sed -n 's/^Offending .* in \(.*\):[0-9]*$/\1/p' | head -n 1)
-    if [ -z "$entry" ]; then printf '%s' "$2: $(reason "$1")"; return; fi
-    if [ "$file" = "${HOME:-}/.ssh/known_hosts" ]; then file=''; fi
-    printf '%s' "$2 shows another host key than before. If you know why (a new machine behind" \
-        " the same name), type: ssh-keygen -R $(typed "$entry")${file:+ -f $(typed "$file")}" \
-        "    Otherwise someone may be in between"
-}
-
-key_trouble() {
-    local key=$3 why
-    why=$(plain "$1" | grep '^Load key\|too open' | head -n 1)
-    why=${why:-$(reason "$1")}
-    if [ -z "$key" ]; then   # one of ~/.ssh/config or the usual ones: ssh's words may name it
-        key=$(plain "$1" | sed -n "s/^Permissions [0-7]* for '\(.*\)' are too open.*/\1/p
-            s/^Load key \"\(.*\)\": .*/\1/p" | head -n 1)
-    fi
-    if [ -z "$key" ]; then
-        printf '%s' "$2 does not accept your keys ($why); give the right one with -k KEY," \
-            " or type: ssh-copy-id $(typed "$2")"
-    elif head -n 1 "$key" 2>/dev/null | grep -q '^ssh-\|^ecdsa-\|^sk-'; then
-        printf '%s' "$key is the public half of a key; give the other: -k $(typed "${key%.pub}")"
-    elif ! head -n 1 "$key" 2>/dev/null | grep -q 'PRIVATE KEY'; then
-        printf '%s' "$key is not a private key ($why); give one with -k KEY"
-    elif grep -q 'too open' "$1"; then
-        printf '%s' "ssh uses no key that others may read ($why); type: chmod 600 $(typed "$key")"
-    elif grep -q 'Load key.*\(libcrypto\|invalid format\)' "$1"; then
-        printf '%s' "$key is damaged ($why): a line is missing or has another end than it had;" \
-            " copy the file again, as a file"
-    elif ssh-keygen -y -P '' -f "$key" </dev/null 2>&1 | grep -q 'incorrect passphrase'; then
-        printf '%s' "$key is locked with a passphrase, and no agent holds it open ($why);" \
-            " type: ssh-add $(typed "$key")"
-    else
-        printf '%s' "$2 does not accept the key $key ($why); give the right one with -k KEY," \
-            " or type: ssh-copy-id -i $(typed "$key") $(typed "$2")"
-    fi
-}
-
-# ---- end of what is shared --------------------------------------------------------------------
 
 # ---- the command line -------------------------------------------------------------------------
 
@@ -171,421 +69,212 @@ done
 shift $((OPTIND - 1))
 [ $# -gt 0 ] || set -- ${REMOTE:+"$REMOTE"}
 if [ $# -eq 0 ]; then usage >&2; exit 2; fi
-case $interval in '' | *[!0-9]* | 0 | ???????*)
-    fail "-i takes a number of seconds, not $interval" ;;
-esac
-if [ -n "$key" ] && [ ! -r "$key" ]; then
-    if [ -e "$key" ]; then fail "may not read the key $key; type: chmod 600 $(typed "$key")"; fi
-    fail "no key $key; give the path of a private key with -k"
+case $interval in '' | *[!0-9]* | 0 | ???????*) fail "-i takes seconds, not $interval" ;; esac
+if [ -n "$key" ]; then
+    [ -r "$key" ] || fail "cannot read the key $key; give the path of a private key with -k"
+    ssh_options+=(-o IdentitiesOnly=yes -i "$key")
 fi
-for target in "$@"; do
-    if trouble=$(target_trouble "$target"); then fail "$trouble"; fi
-    case $target in
-        '') fail "'' is not a directory; see -h" ;;
-        -*) [ -d "./$target" ] || fail "$target is not a directory; see -h" ;;
-    esac
-done
-
-limit=${MONITOR_TIMEOUT:-45}   # seconds a look may take in all, even if the far side freezes
-tmp=$(mktemp -d "${TMPDIR:-/tmp}/monitor.XXXXXX") || exit 2
-full() { fail "cannot write in $tmp: is that disk full? Nothing is known of the runs"; }
-looker=''
-stop_looking() {
-    if [ -n "$looker" ]; then kill -TERM "$looker" 2>/dev/null; wait "$looker" 2>/dev/null; fi
-    looker=''
-}
-trap 'stop_looking; rm -rf "$tmp"' EXIT
-trap 'exit 130' INT
-trap 'exit 143' TERM HUP
 
 # ---- looking ----------------------------------------------------------------------------------
 
-# What runs on the far side; it gets `dir` and `mark` in front. Every line of a file is sent behind
-# a "|", so that no file can speak for us; control characters never leave the remote machine, and
-# of a file only the first 16 kB. Runs that train --fresh has put aside (NAME.old1) are left out.
+limit=${MONITOR_TIMEOUT:-45}      # seconds a look may take in all, even if the far side freezes
+mark="look-$$-$RANDOM$RANDOM"     # no file can speak for us: its lines come behind a "|"
+
+# What runs on the far side: prints lock and PROGRESS.txt of each run. The lock decides whether it
+# lives, whatever PID, zombie or container say. Runs that --fresh has put aside are left out.
 far_side() {
-    printf 'dir=%s mark=%s\n' "$(quote "$1")" "$2"
+    printf 'dir=%s mark=%s\n' "$(quote "$1")" "$mark"
     cat <<'END'
+exec 2>/dev/null
 LC_ALL=C; export LC_ALL
-read_file() { text=$(head -c 16384 "$1" 2>/dev/null | tr -c '\n -~' '?'); }
-value() { printf '%s\n' "$text" | sed -n "s/^$1: //p" | head -n 1; }
-life_of() {   # no, unknown, or how long the process has run; a zombie is none
-    said=$(kill -0 "$1" 2>&1) || case $said in *'o such process'*) echo no; return ;; esac
-    case $(ps -o stat= -p "$1" 2>/dev/null) in Z* | ' Z'*) echo no; return ;; esac
-    ps -o etime= -p "$1" 2>/dev/null | tr -d ' '
+ask() {   # is lock $1 held or free? unknown where nobody can tell, as of a copy
+    lock=unknown
+    [ -r "$1" ] || return
+    if command -v flock >/dev/null; then
+        flock -sn "$1" true
+    else
+        perl -e 'use Fcntl ":flock"; open F, "<", shift or exit 2;
+            flock F, LOCK_SH | LOCK_NB or exit($!{EWOULDBLOCK} ? 1 : 2)' "$1"
+    fi
+    case $? in 0) lock=free ;; 1) lock=held ;; esac
 }
-case $dir in '~') dir=$HOME ;; '~/'*) dir=$HOME/${dir#'~/'} ;; esac
-case $dir in /*) ;; *) dir=./$dir ;; esac
+case $dir in '~') dir=$HOME ;; '~/'*) dir=$HOME/${dir#'~/'} ;; /*) ;; *) dir=./$dir ;; esac
+cd "$dir" || { printf '%s missing\n' "$mark"; exit; }
 printf '%s now %s\n' "$mark" "$(date +%s)"
-here=$(hostname 2>/dev/null || uname -n)
-here=$(printf '%s' "$here" | tr -c '\n -~' '?')
-if cd "$dir" 2>/dev/null; then
-    if [ -f report.html ]; then printf '%s page\n' "$mark"; fi
-    shown=0
-    find . -type d -name '*.old[0-9]*' -prune -o -name PROGRESS.txt -type f -print \
-        2>/dev/null | sort | while IFS= read -r file; do
-        shown=$((shown + 1))
-        if [ "$shown" -gt 200 ]; then
-            printf '%s more\n' "$mark"
-            break
-        fi
-        read_file "$file"
-        pid=$(value PID) life=
-        case $pid in '' | *[!0-9]* | ??????????*) ;; *)
-            if [ "$(value Host)" = "$here" ]; then life=$(life_of "$pid"); fi ;;
-        esac
-        # A process writes its last word before it ends: what is read now is final.
-        if [ "$life" = no ]; then read_file "$file"; fi
-        printf '%s run %s %s\n' "$mark" "${life:-unknown}" \
-            "$(printf '%s' "${file#./}" | tr -c ' -~' '?')"
-        printf '%s\n' "$text" | sed 's/^/|/' | head -n 40 | cut -c 1-400
+if [ -f report.html ]; then printf '%s page\n' "$mark"; fi
+find . -type d \( -name '.?*' -o -name '*.old[0-9]*' \) -prune -o \
+    -name PROGRESS.txt -type f -print | sort | while IFS= read -r file; do
+    for again in 1 2; do   # the second time if it ended or began in between
+        ask "${file%/*}/.lock"
+        text=$(head -c 65536 "$file")
+        case $lock$text in free*'Status: RUNNING'* | held*'Status: COMPLETE'*) ;; *) break ;; esac
     done
-elif [ -d "$dir" ]; then
-    printf '%s closed\n' "$mark"
-else
-    printf '%s missing\n' "$mark"
-fi
+    printf '%s run %s %s\n' "$mark" "$lock" "${file#./}"
+    printf '%s\n' "$text" | sed 's/^/|/' | cut -c 1-400
+done
 printf '%s end\n' "$mark"
 END
 }
 
-# One look at target $1: returns 0 and leaves $tmp/looked, or returns 1 and leaves $tmp/trouble.
+# Looks at target number $1, $2: leaves what it saw in seen[$1], or, if nothing, why in trouble[$1].
 look() {
-    local target=$1 host='' started mark="look-$$-$RANDOM$RANDOM"
-    case ${target%%/*} in *:*) host=${target%%:*} target=${target#*:} ;; esac
-    far_side "${target:-.}" "$mark" >"$tmp/script" || full
-    started=$(date +%s)
-    if [ -n "$host" ]; then
-        set -- ssh -o BatchMode=yes -o ConnectTimeout=10 -o ServerAliveInterval=10 \
-            -o ServerAliveCountMax=3 -o StrictHostKeyChecking=accept-new \
-            -o ClearAllForwardings=yes -o RequestTTY=no -o RemoteCommand=none \
-            ${key:+-o IdentitiesOnly=yes -i "$key"} -- "$host" 'sh -s'
-    else
-        set -- sh -s
-    fi
-    watched "$limit" "$@" <"$tmp/script" >"$tmp/answer" 2>"$tmp/trouble" &
-    looker=$!
-    wait "$looker"
-    looker=''
-    if ! tail -n 1 "$tmp/answer" | grep -qx "$mark end"; then
-        host_words "$tmp/trouble" "$tmp/answer"
-        return 1
-    fi
-    # A laptop that slept during the look has an answer of unknown age: look again.
-    if [ $(($(date +%s) - started)) -gt $((limit + 30)) ]; then return 1; fi
-    sed -n "s/^$mark /=/p; /^|/p" "$tmp/answer" >"$tmp/looked" || full
-}
-
-# Looks at all targets: $tmp/good.N is the last good look at number N, of the time $tmp/time.N, and
-# $tmp/bad.N is ssh's words if the newest look failed. Returns 1 if one could not be reached.
-look_at_all() {
-    local target number=0 host words all=0
-    for target in "$@"; do
-        number=$((number + 1)) host=''
-        case ${target%%/*} in *:*) host=${target%%:*} ;; esac
-        if look "$target"; then
-            if grep -qx '=missing' "$tmp/looked"; then
-                fail "$target: no such directory${host:+ on $host}"
-            elif grep -qx '=closed' "$tmp/looked"; then
-                fail "$target: may not be entered${host:+ by the user that $host lets in}"
-            fi
-            mv "$tmp/looked" "$tmp/good.$number"
-            date +%s >"$tmp/time.$number"
-            rm -f "$tmp/bad.$number"
-        else
-            if words=$(ssh_trouble "$tmp/trouble" "$host" "$key"); then fail "$words"; fi
-            cp "$tmp/trouble" "$tmp/bad.$number"
-            all=1
-        fi
-    done
-    return $all
-}
-
-# ---- judging ----------------------------------------------------------------------------------
-
-field() { sed -n "s/^|$1: //p" "$2" | head -n 1; }   # the first line of a key counts
-# Prints $1 as a number that arithmetic can take, or $2 if it is none.
-number() {
-    case ${1:-x} in
-        *[!0-9]* | ????????????????*) printf '%s' "$2" ;;
-        *) printf '%s' "$((10#$1))" ;;
+    local dir=$2 host='' answer command=(sh -s)
+    case ${dir%%/*} in *:*)
+        host=${dir%%:*} dir=${dir#*:}
+        command=(ssh "${ssh_options[@]}" -- "$host" sh -s) ;;
+    esac
+    answer=$(far_side "${dir:-.}" |
+        perl -e '$left = shift; $child = fork;
+            if (!$child) { setpgrp; exec { $ARGV[0] } @ARGV; exit }
+            $SIG{$_} = sub { kill KILL => -$child } for "ALRM", "INT";
+            alarm $left; waitpid $child, 0' "$limit" "${command[@]}" 2>&1 |
+        tr -d '\r' | tr -c '\n -~' '?')
+    case $answer in
+        *"$mark missing"*) fail "$2: no such directory${host:+ on $host}" ;;
+        *"$mark end"*) seen[$1]=$answer trouble[$1]='' ;;
+        *) if answer=$(reason "$answer" "$host"); then fail "$answer"; fi
+            trouble[$1]="$mark trouble $answer" ;;
     esac
 }
 
-# Seconds since a process started, from ps's [[days-]hours:]minutes:seconds.
-seconds_of() {
-    printf '%s\n' "$1" | awk -F '[-:]' '{
-        s = $NF + 60 * $(NF - 1)
-        if (NF > 2) s += 3600 * $(NF - 2)
-        if (NF > 3) s += 86400 * $(NF - 3)
-        printf "%d", s }'
-}
-
-# Prints "WORD note" for the run in file $1, at remote time $2, with the process's life $3.
-judge() {
-    local status heartbeat every age
-    status=$(field Status "$1")
-    heartbeat=$(number "$(field Heartbeat "$1")" '')
-    [ -n "$heartbeat" ] || status=unreadable
-    every=$(field Interval "$1")
-    every=$(number "${every%%[. ]*}" 30)
-    [ "$every" -gt 0 ] || every=1
-    age=$(($2 - ${heartbeat:-0}))
-    case $status in
-        COMPLETE | INTERRUPTED) printf '%s' "$status" ;;
-        FAILED) printf 'FAILED %s' "$(field Error "$1")" ;;
-        RUNNING | STALLED)
-            if [ "$3" = no ]; then
-                printf 'DEAD no such process; start it again with the same command'
-            elif [ "$age" -gt $((3 * every)) ] && [ "$3" != unknown ] &&
-                [ $(($2 - $(seconds_of "$3"))) -gt $((heartbeat + 5)) ]; then
-                # A process that began after the last heartbeat has the number of ours, no more.
-                printf '%s' 'DEAD its process number belongs to another now;' \
-                    ' start it again with the same command'
-            elif [ "$age" -gt $((3 * every)) ]; then
-                printf 'STALLED no heartbeat for %s' "$(ago "$age")"
-            elif [ "$status" = STALLED ]; then
-                printf 'STALLED the heart beats, the work has not moved for %s' \
-                    "$(ago $(($2 - $(number "$(field Advanced "$1")" "$2"))))"
-            elif starting "$1"; then
-                printf 'RUNNING starting: no step yet'
-            else
-                printf 'RUNNING'
-            fi ;;
-        *) printf 'UNKNOWN this is not a whole PROGRESS.txt' ;;
-    esac
-}
-
-starting() { case $(field Progress "$1") in 0/0*) ;; *) return 1 ;; esac; }   # still loading
-
-ago() {
-    local s=$1
-    [ "$s" -ge 0 ] || s=0
-    if [ "$s" -lt 120 ]; then printf '%d s' "$s"
-    elif [ "$s" -lt 7200 ]; then printf '%d min' $((s / 60))
-    elif [ "$s" -lt 172800 ]; then printf '%d h %d min' $((s / 3600)) $((s % 3600 / 60))
-    else printf '%d days' $((s / 86400)); fi
-}
-
-# ---- showing ----------------------------------------------------------------------------------
-
-bar() {
-    local percent filled
-    percent=$(sed -n 's/^|Progress: .*(\([0-9]\{1,3\}\)\(\.[0-9]\)\{0,1\}%)$/\1/p' "$1" | head -n 1)
-    percent=$(number "$percent" 0)
-    [ "$percent" -le 100 ] || percent=100
-    filled=$((percent * 40 / 100))
-    printf '[%.*s%.*s] %d%%\n' "$filled" '########################################' \
-        $((40 - filled)) '----------------------------------------' "$percent"
-}
-
-# The lines of run $1 for a reader: seconds in minutes, the end in the reader's own time. $2 is its
-# word, $3 how many seconds old the file is by now.
-lines() {
-    local line left
-    starting "$1" || bar "$1"
-    sed '1d; s/^|//' "$1" | while IFS= read -r line; do
-        case $line in
-            Status:* | Error:* | Heartbeat:* | Advanced:* | Interval:* | Run:* | PID:* | Host:* | \
-                'Last update:'*) ;;
-            'Progress: 0/0'*) ;;
-            'Elapsed: '*' s')
-                left=${line#Elapsed: }
-                printf '  Elapsed: %s\n' "$(ago "$(number "${left% s}" 0)")" ;;
-            'ETA: '*)
-                left=${line#ETA: } left=$(number "${left%% *}" '')
-                if [ "$2" = RUNNING ] && [ "${left:-9999999999}" -lt 9999999999 ]; then
-                    left=$((left > $3 ? left - $3 : 0))
-                    printf '  ETA: %s, %s\n' "$(ago "$left")" "$(clock "$left")"
-                elif [ "$2" = RUNNING ]; then
-                    printf '  %s\n' "$line"
-                fi ;;
-            *) printf '  %s\n' "$line" ;;
-        esac
-    done
-}
-
-# The time in $1 seconds, on the reader's own clock: "at 14:05", with the day if it is another one.
-clock() {
-    perl -MPOSIX=strftime -e '
-        my ($now, $then) = (time, time + shift);
-        my $day = "%Y-%m-%d";
-        my $same = strftime($day, localtime $now) eq strftime($day, localtime $then);
-        print strftime($same ? "at %H:%M" : "on $day at %H:%M", localtime $then);' "$1"
-}
-
-notify() {
-    if command -v osascript >/dev/null 2>&1; then   # text as arguments, never part of the script
-        osascript -e 'on run argv' \
-            -e 'display notification (item 2 of argv) with title (item 1 of argv)' -e 'end run' \
-            -- "$1" "$2" >/dev/null 2>&1 || true
-    else
-        printf '\a'
-    fi
-}
-
-# Show target number $1 ($2) from its last good look. Adds its runs to $tmp/words.
-show() {
-    local name=$2 why='' fetched now=0 line run=0 i=1 page='' more=''
-    case $name in *[!/:]/) name=${name%/} ;; esac
-    if [ -f "$tmp/bad.$1" ]; then why=$(reason "$tmp/bad.$1"); why=${why:-no answer}; fi
-    if [ ! -f "$tmp/good.$1" ]; then
-        printf '%s: UNREACHABLE  never reached so far: %s\n\n' "$name" "$why"
-        count UNREACHABLE "$name"
-        return
-    fi
-    fetched=$(($(date +%s) - $(cat "$tmp/time.$1")))
-    rm -f "$tmp"/run.*
-    while IFS= read -r line; do
-        case $line in
-            '=now '*) now=$(number "${line#=now }" 0) ;;
-            '=page') page=yes ;;
-            '=more') more=yes ;;
-            '=run '*)
-                run=$((run + 1))
-                printf '%s\n' "${line#=run }" >"$tmp/run.$run.head"
-                : >"$tmp/run.$run" ;;
-            '|'*) printf '%s\n' "$line" >>"$tmp/run.$run" ;;
-        esac
-    done <"$tmp/good.$1"
-    if [ "$run" -eq 0 ]; then
-        printf '%s: no run here yet (no PROGRESS.txt)\n\n' "$name"
-        count NONE "$name"
-    fi
-    while [ "$i" -le "$run" ]; do
-        show_run "$name" "$tmp/run.$i" "$now" "$fetched" "$why"
-        i=$((i + 1))
-    done
-    if [ -n "$more" ]; then
-        printf '%s: UNKNOWN  there are more runs than these %s; name a directory further down\n\n' \
-            "$name" "$run"
-        count UNKNOWN "$name (more)"
-    fi
-    if [ -n "$page" ]; then
-        case ${name%%/*} in
-            *:*) printf 'pictures: report.html there; sync_results.sh brings it here\n\n' ;;
-            *) printf 'pictures: %s/report.html\n\n' "$name" ;;
-        esac
-    fi
-}
-
-# Show the run in file $2 of target $1, at remote time $3, fetched $4 s ago; $5 why no newer look.
-show_run() {
-    local life path note word at=$1 age pid
-    IFS= read -r path <"$2.head"
-    life=${path%% *} path=${path#* }
-    note=$(judge "$2" "$3" "$life")
-    word=${note%% *} note=${note#"${note%% *}"}
-    case $path in */*) at="$1/${path%/*}" ;; esac
-    age=$(($3 - $(number "$(field Heartbeat "$2")" "$3")))
-    if [ -n "$5" ]; then
-        case $word in
-            COMPLETE | FAILED | INTERRUPTED | DEAD) note="$note (as last seen)" ;;   # an end stays
-            *) note=" last known: $word; $5" word=UNREACHABLE ;;
-        esac
-    fi
-    printf '%s: %s%s\n' "$at" "$word" "$note"
-    lines "$2" "$word" $((age + $4))
-    pid=$(number "$(field PID "$2")" '')
-    case $word in RUNNING | STALLED)
-        [ "${pid:-0}" -le 1 ] ||
-            printf '  PID %s on %s; to stop it: kill %s\n' "$pid" "$(field Host "$2")" "$pid" ;;
-    esac
-    printf '  written %s before it was fetched, fetched %s ago\n\n' "$(ago "$age")" "$(ago "$4")"
-    count "$word" "$at"
-}
-
-# Notes the word of one run.
-count() {
-    counted=$((counted + 1))
-    printf '%s\t%s\n' "$1" "${2//[[:cntrl:]]/?}" >>"$tmp/words" || full
-}
-
-# Compose the screen for all targets in $tmp/screen; what each run is doing stands in $tmp/words
-# then, a line "WORD<tab>name" for each.
-compose() {
-    local target number=0
-    counted=0
-    : >"$tmp/words"
-    for target in "$@"; do
-        number=$((number + 1))
-        show "$number" "$target"
-    done >"$tmp/screen"
-    # A full disk here must not make a run that ended badly look like none.
-    if [ "$counted" -lt "$number" ] || [ "$(grep -c . "$tmp/words")" -ne "$counted" ]; then full; fi
-}
-
-paint() {
-    if [ -t 1 ]; then printf '\033[H\033[2J\033[3J'; fi
-    cat "$tmp/screen"
-    if [ -n "$ended" ]; then
-        printf '%s\n' "All are COMPLETE. One more look in $interval s, for a run that is about to" \
-            "appear; Ctrl-C ends this now."
-    fi
-}
-
-# One notification for a change of state, never one a look.
-notify_changes() {
-    local word at was=''
-    while IFS='	' read -r word at; do
-        was=$(AT=$at awk -F '\t' '$2 == ENVIRON["AT"] { print $1; exit }' "$tmp/before")
-        if [ -n "$was" ] && [ "$was" != "$word" ]; then notify "$word" "$at was $was"; fi
-    done <"$tmp/words"
-    cp "$tmp/words" "$tmp/before"
-}
-
-any() { grep -q "^\($1\)	" "$tmp/words"; }
-
-exit_code() {
-    if any 'FAILED\|INTERRUPTED\|DEAD'; then echo 1
-    elif any 'UNREACHABLE'; then echo 3
-    elif any 'RUNNING\|STALLED\|UNKNOWN\|NONE'; then echo 4
-    else echo 0; fi
-}
-
-# Wait until $1 seconds after time $2, that of the last look; on a terminal the ages keep counting.
-# Returns 1 if the laptop slept: look again at once.
-pause() {
-    local seconds=$1 began=$2 last=$2 now
-    shift 2
-    while now=$(date +%s) && [ $((now - began)) -lt "$seconds" ]; do
-        if [ $((now - last)) -gt 15 ] || [ "$now" -lt "$last" ]; then return 1; fi
-        last=$now
-        sleep 1 &
-        wait $!   # unlike sleep itself, this is interrupted by Ctrl-C
-        if [ -t 1 ] && [ $((now % 5)) -eq 0 ]; then compose "$@"; paint; fi
-    done
+# One awk for all runs of a look: reads what was seen, writes the screen to descriptor 3 (a line a
+# run if there are many), and prints what has changed, then "MARK was WORD NAME" of each run, for
+# the next look. Its exit code is that of -1.
+judge_and_show() {
+    MARK=$mark NOW=$(date '+%H %M %S') awk '
+    function ago(s) {
+        if (s < 120) return sprintf("%d s", s < 0 ? 0 : s)
+        if (s < 7200) return sprintf("%d min", s / 60)
+        if (s < 172800) return sprintf("%d h %d min", s / 3600, s % 3600 / 60)
+        return sprintf("%d days", s / 86400)
+    }
+    function number(key, otherwise) {
+        return value[key] ~ /^[0-9]+([.][0-9]*)?( |$)/ ? value[key] + 0 : otherwise
+    }
+    # The time that is left, and the end on the clock of the reader if it is today.
+    function eta(    left, clock, then) {
+        if (number("ETA", -1) < 0) return "unknown"
+        left = number("ETA") > age ? number("ETA") - age : 0
+        split(ENVIRON["NOW"], clock, " ")
+        then = clock[1] * 60 + clock[2] + (clock[3] + left) / 60
+        return ago(left) (then < 1440 ? sprintf(", at %02d:%02d", then / 60, then % 60) : "")
+    }
+    function judge() {
+        word = value["Status"]; note = ""
+        age = now - number("Heartbeat", now)
+        late = age > 3 * number("Interval", 30) + 60 ? "no heartbeat for " ago(age) : ""
+        if (word !~ /^(RUNNING|STALLED|INTERRUPTED|FAILED|COMPLETE)$/ || !number("Heartbeat")) {
+            word = "UNREADABLE"; note = "this is not a whole PROGRESS.txt"; lines = 0
+        } else if (word != "RUNNING" && word != "STALLED") {
+            if (word == "FAILED") note = value["Error"]
+            if (lock == "held") { note = "it was " word; word = "STARTING" }
+        } else if (lock == "free") { word = "DEAD"; note = "its process is gone" }
+        else if (late && lock == "unknown") { word = "SILENT"; note = late }
+        else if (late) note = late ": is its process stopped?"
+        else if (word == "STALLED") note = "no step for " ago(now - number("Advanced", now))
+        if (trouble != "" && word != "COMPLETE") {   # what is COMPLETE stays so
+            note = "last known: " word "; " trouble; word = "UNREACHABLE"
+        }
+        percent = match(value["Progress"], /[0-9.]+%\)$/) ? \
+            int(substr(value["Progress"], RSTART)) : -1
+        if (percent > 100) percent = 100
+    }
+    # The bar, and the lines of PROGRESS.txt that tell people something.
+    function details(    i, text, shown) {
+        if (percent >= 0) text = sprintf("[%s%s] %d%%\n", substr(full, 1, percent * 0.3), \
+            substr(empty, 1, 30 - int(percent * 0.3)), percent)
+        for (i = 1; i <= lines; i++) {
+            if (key[i] ~ hidden || word != "RUNNING" && key[i] ~ /^(Rate|ETA)$/) continue
+            shown = key[i] == "Elapsed" ? ago(number(key[i])) : value[key[i]]
+            text = text "  " key[i] ": " (key[i] == "ETA" ? eta() : shown) "\n"
+        }
+        if (word ~ ended) text = text "  to go on: " value["Command"] "\n"
+        return text (lines ? "  written " ago(age) " before it was seen\n" : "")
+    }
+    function keep(name, more) {
+        count++; tally[word]++; words[count] = word; names[count] = name
+        block[count] = name ": " word (note == "" ? "" : "  " note) "\n" more "\n"
+        if (word == "RUNNING" && note == "") note = "ETA " eta()
+        if (word ~ ended) note = note "  saved: " value["Checkpoint"] "; go on: " value["Command"]
+        line[count] = sprintf("%-11s %4s  %s  %s\n", word, (percent < 0 ? "" : percent "%"), \
+            name, note)
+    }
+    function rest(word) { return substr($0, index($0, word) + length(word) + 1) }   # behind word
+    BEGIN {
+        screen = "cat >&3"; ended = "^(DEAD|INTERRUPTED|FAILED)$"
+        full = "##############################"; empty = "------------------------------"
+        hidden = "^(Status|Error|Last update|Heartbeat|Advanced|Interval|Run|PID|Host|Command)$"
+    }
+    /^[|]/ && path != "" {
+        at = index($0, ": "); name = substr($0, 2, at - 2)
+        if (titled++ && at && !(name in value)) {   # the first line of a key counts
+            key[++lines] = name; value[name] = substr($0, at + 2)
+        }
+    }
+    $1 != ENVIRON["MARK"] { next }
+    path != "" {
+        judge()
+        sub(/\/?PROGRESS[.]txt$/, "", path)
+        keep(target (path == "" ? "" : "/" path), details())
+        path = ""; runs++
+    }
+    $2 == "was" { was[rest($3)] = $3 }
+    $2 == "target" { target = rest($2); sub(/\/$/, "", target); trouble = ""; runs = 0 }
+    $2 == "trouble" { trouble = rest($2) }
+    $2 == "now" { now = $3 }
+    $2 == "page" { pages = pages "pictures: " target "/report.html\n\n" }
+    $2 == "run" { lock = $3; path = rest($3); lines = titled = 0; split("", value) }
+    $2 == "end" && !runs {
+        word = trouble == "" ? "NONE" : "UNREACHABLE"
+        note = trouble == "" ? "no run here yet (no PROGRESS.txt)" : trouble
+        percent = -1; keep(target)
+    }
+    END {
+        many = count > 4
+        for (i = 1; i <= count; i++) {
+            printf "%s", (many ? line[i] : block[i]) | screen
+            if (names[i] in was && was[names[i]] != words[i])
+                news = news (news ? ", " : "") names[i] ": " words[i] ", was " was[names[i]]
+        }
+        for (word in tally) if (many) printf "%d %s  ", tally[word], word | screen
+        printf "%s%s", (many ? "\n\n" : ""), pages | screen
+        close(screen)
+        print news
+        for (i = 1; i <= count; i++) print ENVIRON["MARK"] " was " words[i] " " names[i]
+        if ("FAILED" in tally || "INTERRUPTED" in tally || "DEAD" in tally) exit 1
+        if ("UNREACHABLE" in tally) exit 3
+        exit (tally["COMPLETE"] == count) ? 0 : 4
+    }'
 }
 
 # ---- the loop ---------------------------------------------------------------------------------
 
-failures=0 woke=0 ended=''   # ended: all were COMPLETE at the last look
-: >"$tmp/before"
+trap 'exit 130' INT
+before='' seen=() trouble=() ended=''   # ended: all were COMPLETE at the last look
+exec 3>&1
 while :; do
-    if look_at_all "$@"; then
-        failures=0
-    elif [ "$woke" -gt 0 ]; then   # right after waking the network is often down for some seconds
-        woke=$((woke - 1))
-        sleep 3
-        continue
-    else
-        failures=$((failures + 1))
-    fi
-    woke=0 looked=$(date +%s)
-    compose "$@"
-    code=$(exit_code)
-    # A stage that follows another takes a moment to appear: COMPLETE is believed when seen twice.
-    if [ "$code" -eq 0 ] && [ -z "$once$ended" ]; then ended=yes; else ended=''; fi
-    paint
-    notify_changes
+    number=0 known=$before
+    for target in "$@"; do
+        number=$((number + 1))
+        look "$number" "$target"
+        known=$(printf '%s\n' "$known" "$mark target ${target//[[:cntrl:]]/?}" \
+            "${trouble[number]}" "${seen[number]:-$mark end}")
+    done
+    if [ -t 1 ]; then printf '\033[H\033[J'; fi   # what was on the screen before stays above
+    said=$(printf '%s\n' "$known" | judge_and_show)
+    code=$?
     if [ -n "$once" ]; then exit "$code"; fi
-    if [ -z "$ended" ] && ! any 'RUNNING\|STALLED\|UNKNOWN\|NONE\|UNREACHABLE'; then
-        exit "$code"
+    # A stage that follows another takes a moment to appear: believe COMPLETE when seen twice.
+    if [ "$code$ended" = 0yes ]; then exit 0; fi
+    if [ "$code" -eq 0 ]; then ended=yes; else ended=''; fi
+    printf '%s, again in %s s%s\n\n' "$(date +%H:%M:%S)" "$interval" \
+        "${ended:+, for a stage that is about to appear}"
+    before=${said#*$'\n'} news=${said%%$'\n'*}
+    if [ -n "$news" ] && command -v osascript >/dev/null; then   # text as an argument, not as code
+        osascript -e 'on run argv' -e 'display notification (item 1 of argv) with title "monitor"' \
+            -e 'end run' -- "$news" >/dev/null 2>&1
+    elif [ -n "$news" ]; then
+        printf '\a'
     fi
-
-    # Twice as long after each failure, up to five minutes.
-    seconds=$interval
-    [ "$failures" -le 1 ] || seconds=$((interval << (failures < 6 ? failures - 1 : 5)))
-    if [ "$seconds" -gt 300 ] && [ "$interval" -lt 300 ]; then seconds=300; fi
-    pause "$seconds" "$looked" "$@" || woke=3
+    sleep "$interval"
 done

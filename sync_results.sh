@@ -1,35 +1,26 @@
 #!/usr/bin/env bash
 # Copy a results directory here, over ssh or on this machine; for cron and launchd, or by hand.
-# Works with macOS's bash 3.2, openrsync and perl. What one wants to see comes first, what restarts
-# need last; nothing is deleted here but old training states, by the rule that the remote follows.
+# Works with macOS's bash 3.2 and openrsync. Nothing is deleted here but old training states.
 set -u
 export LC_ALL=C PATH="$PATH:/usr/bin:/bin:/usr/sbin:/sbin"
 
 usage() {
     cat <<'END'
-usage: sync_results.sh [-k KEY] [[USER@HOST:]DIR [LOCAL_DIR]]
-  -k KEY   the ssh key to use (cron has no agent)
+usage: sync_results.sh [-k SSH_KEY] [[USER@HOST:]DIR [LOCAL_DIR]]
 Without DIR, REMOTE from the environment is copied, with the key SSH_KEY if it is set, to ~/results:
   export REMOTE=ubuntu@ec2:project/results SSH_KEY=~/.ssh/ec2.pem; ./sync_results.sh
-Copies progress, report, models, figures and data, then the newest training state; each file gets
-its name once it is whole, and what was cut off goes on next time. Of training states as many stay
-here as there; one goes only after a newer one was verified here. Nothing else is deleted.
+A file gets its name once it is whole; what was cut off goes on next time. As many training states
+stay here as there; one goes only after a newer one was verified here. Nothing else is deleted.
 Prints one dated line. SYNC_SECONDS (default 1800) bounds a run.
-Exit codes: 0 done, or another sync is at it; 1 this machine's fault (disk full, not writable, a bad
-copy); 2 settings (key, host key, no such directory, no rsync there, a login banner); 75 try again
-later (unreachable, cut off, time over).
+Exit codes: 0 done, or another sync is at it; 1 this machine (disk full, not writable, a bad copy);
+2 settings (key, host key, no such directory, a file that may not be read); 75 try again later.
 END
 }
 
 say() { printf '%s %s\n' "$(date '+%Y-%m-%d %H:%M:%S')" "$*"; }
-fail() {
-    local code=$1
-    shift
-    say "sync_results.sh: $*" >&2
-    exit "$code"
-}
+fail() { say "sync_results.sh: ${*:2}" >&2; exit "$1"; }
 
-# ---- shared with the other script, word for word (a test compares them) -----------------------
+# ---- the same in both scripts -----------------------------------------------------------------
 
 # Prints $1 in single quotes, which every shell reads; %q would write $'...', which dash does not.
 quote() {
@@ -42,128 +33,29 @@ quote() {
     printf "'%s'" "$out$rest"
 }
 
-# Prints $1 as a person would type it: quoted only where it must be.
-typed() { case $1 in '' | *[!A-Za-z0-9@%+=:,./_-]*) quote "$1" ;; *) printf '%s' "$1" ;; esac; }
+ssh_options=(-o BatchMode=yes -o ConnectTimeout=10 -o ServerAliveInterval=10
+    -o ServerAliveCountMax=3 -o StrictHostKeyChecking=accept-new -o ClearAllForwardings=yes
+    -o RequestTTY=no -o RemoteCommand=none)
 
-# Prints file $1 for a terminal: no control characters, no carriage returns, as ssh ends its lines.
-plain() { tr -d '\r' <"$1" | tr -c '\n -~' '?'; }
-
-# watched SECONDS COMMAND ...: runs it in a process group of its own, of which nothing is left at
-# the end; exit code 124 when the time was over. SIGTERM comes first and goes to the command alone:
-# openrsync keeps what it has of a file on SIGTERM, but not on SIGALRM or SIGKILL, and the processes
-# of GNU rsync lose it when a signal meets them in their cleaning up.
-watched() {
-    exec perl -e '
-        my ($left, $asked, $late) = (shift, 0, 0);
-        my $child = fork;
-        exit 126 unless defined $child;
-        unless ($child) { setpgrp(0, 0); exec { $ARGV[0] } @ARGV; exit 127 }
-        setpgrp($child, $child);
-        sub stop {
-            kill TERM => $asked++ ? -$child : $child;
-            kill KILL => -$child if $asked > 2;
-            alarm 3;
-        }
-        $SIG{$_} = sub { stop() unless $asked } for qw(TERM INT HUP);
-        $SIG{ALRM} = sub { $late = 1 unless $asked; stop() };
-        alarm $left;
-        waitpid $child, 0;
-        my $status = $?;
-        alarm 0;
-        for (1 .. 30) {   # its children may still be putting away what they have
-            kill $_ > 20 ? "TERM" : 0, -$child or last;
-            select undef, undef, undef, 0.1;
-        }
-        kill KILL => -$child;
-        exit 124 if $late;
-        exit($status & 127 ? 128 + ($status & 127) : $status >> 8);
-    ' "$@"
-}
-
-# Says what to type for target $1, if it has what other tools take and these scripts do not.
-target_trouble() {
-    local rest=${1#*:} port='22022' name='ec2:DIR'
-    case $1 in
-        ssh://* | sftp://* | scp://* | rsync://* | \[*\]:*) ;;
-        *::*) case ${1%%::*} in */* | *:*) return 1 ;; esac ;;
-        *:*:*)
-            case ${1%%/*} in *:*) ;; *) return 1 ;; esac
-            case ${rest%%:*} in '' | *[!0-9]*) return 1 ;; esac
-            port=${rest%%:*} name=ec2:${rest#*:} ;;
-        *) return 1 ;;
-    esac
-    printf '%s' "$1: give USER@HOST:DIR. Ports, users, jump hosts and addresses have their place" \
-        " in ~/.ssh/config: lines 'Host ec2', 'HostName ADDRESS', 'Port $port', 'User ubuntu';" \
-        " then type $name"
-}
-
-# What ssh gives as the reason: its last line in file $1, without warnings and lines of rsync's own.
+# Prints why host $2 did not answer: the last line of $1, all that ssh said. Returns 0 if waiting
+# does not mend it. The two cases that cost people hours are told with what to type.
 reason() {
-    plain "$1" | grep -Ev '^Warning: Permanently added|^\*\* |^rsync|^@@@|^[[:space:]]*$' |
-        tail -n 1 | cut -c 1-200
+    local last entry file
+    last=$(grep -Ev '^look-|^[|]|^Warning: Permanently added|^rsync|^ *$' <<<"$1" | tail -n 1)
+    case $1 in
+        *'HOST IDENTIFICATION HAS CHANGED'*)
+            entry=$(sed -n 's/^Host key for \(.*\) has changed and .*/\1/p' <<<"$1")
+            file=$(sed -n 's/^Offending .* in \(.*\):[0-9]*$/\1/p' <<<"$1" | head -n 1)
+            printf '%s' "$2 shows another host key than before. If you know why (a new machine" \
+                " behind the same name), type: ssh-keygen -R $(quote "$entry")" \
+                " -f $(quote "$file")    Otherwise someone may be in between" ;;
+        *'are too open'*)
+            file=$(sed -n "s/^Permissions [0-7]* for '\(.*\)' are too open.*/\1/p" <<<"$1")
+            printf '%s' "ssh uses no key that others may read; type: chmod 600 $(quote "$file")" ;;
+        *'Permission denied ('*) printf '%s' "$last" ;;
+        *) printf '%.200s' "${last:-no answer}"; return 1 ;;
+    esac
 }
-
-# Leaves in file $1, for want of ssh's own words, what the host printed instead of answering ($2).
-host_words() {
-    if [ -z "$(reason "$1")" ]; then plain "$2" | grep -v '^look-' | head -n 20 >>"$1"; fi
-}
-
-# Says what to do about trouble of ssh that waiting does not mend: $1 ssh's words, $2 host, $3 key.
-ssh_trouble() {
-    if grep -q 'HOST IDENTIFICATION HAS CHANGED\|Host key verification failed' "$1"; then
-        host_key_trouble "$1" "$2"
-    elif grep -q 'Permission denied ([a-z]\|Too many authentication failures' "$1"; then
-        key_trouble "$1" "$2" "$3"
-    elif grep -q 'Bad configuration option\|command-line: line\|invalid characters' "$1" ||
-        grep -q 'Please login as the user' "$1"; then   # what cloud machines say to root
-        reason "$1"
-    else
-        return 1
-    fi
-}
-
-# The entry's name and file are in ssh's words: for an alias or a port they are not the host's.
-host_key_trouble() {
-    local entry file
-    entry=$(plain "$1" | sed -n 's/^Host key for \(.*\) has changed and .*/\1/p' | head -n 1)
-    file=$(plain "$1" | sed -n 's/^Offending .* in \(.*\):[0-9]*$/\1/p' | head -n 1)
-    if [ -z "$entry" ]; then printf '%s' "$2: $(reason "$1")"; return; fi
-    if [ "$file" = "${HOME:-}/.ssh/known_hosts" ]; then file=''; fi
-    printf '%s' "$2 shows another host key than before. If you know why (a new machine behind" \
-        " the same name), type: ssh-keygen -R $(typed "$entry")${file:+ -f $(typed "$file")}" \
-        "    Otherwise someone may be in between"
-}
-
-key_trouble() {
-    local key=$3 why
-    why=$(plain "$1" | grep '^Load key\|too open' | head -n 1)
-    why=${why:-$(reason "$1")}
-    if [ -z "$key" ]; then   # one of ~/.ssh/config or the usual ones: ssh's words may name it
-        key=$(plain "$1" | sed -n "s/^Permissions [0-7]* for '\(.*\)' are too open.*/\1/p
-            s/^Load key \"\(.*\)\": .*/\1/p" | head -n 1)
-    fi
-    if [ -z "$key" ]; then
-        printf '%s' "$2 does not accept your keys ($why); give the right one with -k KEY," \
-            " or type: ssh-copy-id $(typed "$2")"
-    elif head -n 1 "$key" 2>/dev/null | grep -q '^ssh-\|^ecdsa-\|^sk-'; then
-        printf '%s' "$key is the public half of a key; give the other: -k $(typed "${key%.pub}")"
-    elif ! head -n 1 "$key" 2>/dev/null | grep -q 'PRIVATE KEY'; then
-        printf '%s' "$key is not a private key ($why); give one with -k KEY"
-    elif grep -q 'too open' "$1"; then
-        printf '%s' "ssh uses no key that others may read ($why); type: chmod 600 $(typed "$key")"
-    elif grep -q 'Load key.*\(libcrypto\|invalid format\)' "$1"; then
-        printf '%s' "$key is damaged ($why): a line is missing or has another end than it had;" \
-            " copy the file again, as a file"
-    elif ssh-keygen -y -P '' -f "$key" </dev/null 2>&1 | grep -q 'incorrect passphrase'; then
-        printf '%s' "$key is locked with a passphrase, and no agent holds it open ($why);" \
-            " type: ssh-add $(typed "$key")"
-    else
-        printf '%s' "$2 does not accept the key $key ($why); give the right one with -k KEY," \
-            " or type: ssh-copy-id -i $(typed "$key") $(typed "$2")"
-    fi
-}
-
-# ---- end of what is shared --------------------------------------------------------------------
 
 # ---- the command line -------------------------------------------------------------------------
 
@@ -178,542 +70,260 @@ done
 shift $((OPTIND - 1))
 [ $# -gt 0 ] || set -- ${REMOTE:+"$REMOTE"}
 if [ $# -eq 0 ] || [ $# -gt 2 ]; then usage >&2; exit 2; fi
-if [ $# -eq 1 ]; then
-    [ -n "${HOME:-}" ] || fail 2 "without HOME there is no ~/results; name a local directory"
-    set -- "$1" "$HOME/results"
-fi
-from=$1 to=$2 host=''
-if trouble=$(target_trouble "$from"); then fail 2 "$trouble"; fi
-case $to in '') fail 2 "the local directory has no name; see -h" ;; /*) ;; *) to=./$to ;; esac
-while [ "${to%/}" != "$to" ] && [ "$to" != / ]; do to=${to%/}; done
+from=$1 to=${2-${HOME:-}/results} host='' shown=$1 limit=${SYNC_SECONDS:-1800}
+case ${to%%/*} in *:*) fail 2 "$to is not of this machine; type: sync_results.sh FROM TO" ;; esac
+case $to in '') fail 2 "the local directory has no name" ;; /*) ;; *) to=./$to ;; esac
 case ${from%%/*} in *:*) host=${from%%:*} from=${from#*:} ;; esac
-case $host in -*) fail 2 "$1 is not a directory; see -h" ;; esac
-if [ -n "$key" ] && [ ! -r "$key" ]; then
-    if [ -e "$key" ]; then fail 2 "may not read the key $key; type: chmod 600 $(typed "$key")"; fi
-    fail 2 "no key $key; give the path of a private key with -k"
-fi
-shown=${host:+$host:}$from
 if [ -n "$host" ]; then   # relative to the home there, as ssh itself would have it
     case $from in '' | \~) from=. ;; \~/*) from=${from#??} ;; esac
-elif [ -z "$from" ]; then
-    fail 2 "'' is not a directory; see -h"
 elif [ ! -d "$from" ]; then
-    fail 2 "no such directory: $shown"
+    fail 2 "no such directory: $from"
 fi
 case $from in /*) ;; *) from=./$from ;; esac   # so that no name is taken for an option
-seconds=${SYNC_SECONDS:-1800}
-case $seconds in '' | *[!0-9]* | 0 | ???????*)
-    fail 2 "SYNC_SECONDS must be a number of seconds, not $seconds" ;;
-esac
-if ! command -v rsync >/dev/null 2>&1; then fail 1 "no rsync on this machine; install it"; fi
-if ! trouble=$(mkdir -p -- "$to" 2>&1); then fail 1 "cannot make $to: ${trouble##*: }"; fi
-
-# ---- only one at a time -----------------------------------------------------------------------
-# A kernel lock, held by this very process (exec keeps it) and by what it starts: a dead process
-# holds nothing, whatever its number is now, and a transfer that outlives us still holds it.
-if [ -z "${SYNC_RESULTS_LOCKED:-}" ]; then
-    export SYNC_RESULTS_LOCKED=yes
-    exec perl -e '
-        use Fcntl qw(:DEFAULT :flock); use Errno qw(EWOULDBLOCK); use POSIX qw(strftime);
-        my $path = shift;
-        sub refuse {
-            my $why = $!;
-            print STDERR strftime("%Y-%m-%d %H:%M:%S", localtime),
-                " sync_results.sh: cannot $_[0] $path: $why\n";
-            exit 1;
-        }
-        $^F = 255;
-        sysopen(LOCK, $path, O_RDWR | O_CREAT) or refuse("write");
-        unless (flock(LOCK, LOCK_EX | LOCK_NB)) {
-            refuse("lock") unless $! == EWOULDBLOCK;
-            print "another sync to this directory is at work\n" if -t STDOUT;   # not to a log
-            exit 0;
-        }
-        exec { $ARGV[0] } @ARGV or exit 1;
-    ' "$to/.sync_results.lock" "$BASH" "$0" ${key:+-k "$key"} -- "$1" "$2"
+case $limit in '' | *[!0-9]* | ???????*) fail 2 "SYNC_SECONDS takes seconds, not $limit" ;; esac
+if [ -n "$key" ]; then
+    [ -r "$key" ] || fail 2 "cannot read the key $key; give the path of a private key with -k"
+    ssh_options+=(-o IdentitiesOnly=yes -i "$key")
 fi
-unset SYNC_RESULTS_LOCKED
+if ! command -v rsync >/dev/null; then fail 1 "no rsync on this machine; install it"; fi
 
-tmp=$(mktemp -d /tmp/sync_results.XXXXXX) || fail 1 "cannot make a directory in /tmp"
-worker=''
-stop_working() {
-    if [ -n "$worker" ]; then kill -TERM "$worker" 2>/dev/null; wait "$worker" 2>/dev/null; fi
-    worker=''
-}
-trap 'stop_working; rm -rf "$tmp"' EXIT
-trap 'exit 130' INT
-trap 'exit 143' TERM HUP
+# Only one at a time: a kernel lock on descriptor 9, which this shell and all that it starts share.
+# A dead process holds nothing; a transfer that outlives us still does.
+lock=$to/.sync_results.lock
+if ! { mkdir -p -- "$to" && : >>"$lock"; } 2>/dev/null; then fail 1 "cannot write in $to"; fi
+exec 9>>"$lock"
+perl -e 'use Fcntl ":flock"; open F, ">&=9" or exit 1;
+    flock F, LOCK_EX | LOCK_NB or exit($!{EWOULDBLOCK} ? 9 : 1)'
+case $? in
+    0) ;;
+    9) if [ -t 1 ]; then echo "another sync to $to is at work"; fi; exit 0 ;;   # not in a log
+    *) fail 1 "cannot lock $lock" ;;
+esac
 
 # ---- reaching the other side ------------------------------------------------------------------
 
-# rsync takes the name of a program to reach the host: one of ours, since options with spaces
-# would be torn apart.
-export SYNC_KEY=$key
-cat >"$tmp/ssh" <<'END'
-exec ssh -o BatchMode=yes -o ConnectTimeout=10 -o ServerAliveInterval=10 -o ServerAliveCountMax=3 \
-    -o StrictHostKeyChecking=accept-new -o ClearAllForwardings=yes -o RequestTTY=no \
-    -o RemoteCommand=none \
-    ${SYNC_KEY:+-o IdentitiesOnly=yes -i "$SYNC_KEY"} "$@"
-END
-deadline=$(($(date +%s) + seconds))
+tmp=$(mktemp -d /tmp/sync_results.XXXXXX) || fail 1 "cannot make a directory in /tmp"
+worker=''
+trap '[ -z "$worker" ] || stop; rm -rf "$tmp"' EXIT
+trap 'exit 130' INT; trap 'exit 143' TERM HUP
 
-too_late() { fail 75 "not finished after $seconds s; the next run goes on from here"; }
+# Ends what is at work. SIGTERM goes to the command alone: rsync then keeps what it has of a file,
+# but not if a signal meets its other processes while they put it away.
+stop() {
+    local patience=60
+    kill -TERM "$worker"
+    while kill -0 -- "-$worker" && [ $((patience -= 1)) -gt 0 ]; do sleep 0.1; done
+    kill -KILL -- "-$worker"
+    wait "$worker"
+} 2>/dev/null
 
-# work COMMAND ...: runs it until the deadline; it reads $tmp/script, if anything, and leaves its
-# output in $tmp/out, its errors in $tmp/trouble.
+# work COMMAND ...: runs it in a process group of its own, until the time is over (no rsync's own
+# limit bounds a frozen transfer); its output is in $tmp/out then, its errors in $tmp/trouble.
 work() {
-    local left code
-    left=$((deadline - $(date +%s)))
-    [ "$left" -gt 0 ] || too_late
-    watched "$left" "$@" <"$tmp/script" >"$tmp/out" 2>"$tmp/trouble" &
+    local code
+    perl -e 'setpgrp 0, 0; exec { $ARGV[0] } @ARGV; exit 127' "$@" \
+        <"$tmp/script" >"$tmp/out" 2>"$tmp/trouble" &
     worker=$!
+    while kill -0 "$worker" && [ "$SECONDS" -lt "$limit" ]; do sleep 0.1; done 2>/dev/null
+    [ "$SECONDS" -lt "$limit" ] ||
+        fail 75 "not finished after $limit s; the next run goes on from here"
     wait "$worker"
     code=$?
     worker=''
-    [ "$code" -ne 124 ] || too_late
     return "$code"
 }
 
-# What runs on the far side to see what is there; it gets `dir` and `mark` in front.
+# rsync takes a program to reach the host, in one word.
+{ printf 'exec ssh'; for option in "${ssh_options[@]}"; do printf ' %s' "$(quote "$option")"; done
+    printf ' "$@"\n'; } >"$tmp/ssh"
+mark="look-$$-$RANDOM$RANDOM"
+
+# What runs on the far side: prints the names of all files, the id of each run, and the directories
+# that may not be read (lost+found, say).
 far_side() {
     printf 'dir=%s mark=%s\n' "$(quote "$from")" "$mark"
     cat <<'END'
 LC_ALL=C; export LC_ALL
 printf '%s hello\n' "$mark"
-if ! cd "$dir" 2>/dev/null; then
-    if [ -d "$dir" ]; then printf '%s closed\n' "$mark"; else printf '%s missing\n' "$mark"; fi
-elif ! command -v rsync >/dev/null 2>&1; then
-    printf '%s norsync\n' "$mark"
-else
-    find . \( -name '.?*' -o -type d -name '*.old[0-9]*' \) -prune -o -type f -print 2>/dev/null |
-        while IFS= read -r file; do
-            printf '%s file %s\n' "$mark" "$file"
-            case $file in */run.json)
-                id=$(sed -n 's/.*"run": *"\([0-9A-Za-z]*\)".*/\1/p' "$file" | head -n 1)
-                printf '%s run %s %s\n' "$mark" "${id:-none}" "$file" ;;
-            esac
-        done
-fi
+command -v rsync >/dev/null || printf '%s norsync\n' "$mark"
+cd "$dir" 2>/dev/null || { printf '%s missing\n%s end\n' "$mark" "$mark"; exit; }
+find . \( -name '.?*' -o -type d -name '*.old[0-9]*' \) -prune -o -type d -print -o -type f -print \
+    2>/dev/null | while IFS= read -r file; do
+    if [ ! -d "$file" ]; then
+        printf '%s file %s\n' "$mark" "$file"
+    elif [ ! -r "$file" ] || [ ! -x "$file" ]; then
+        printf '%s closed %s\n' "$mark" "$file"
+    fi
+    case $file in */run.json)
+        id=$(sed -n 's/.*"run": *"\([0-9A-Za-z]*\)".*/\1/p' "$file")
+        printf '%s run %s %s\n' "$mark" "$id" "$file" ;;
+    esac
+done
 printf '%s end\n' "$mark"
 END
 }
 
-# Leaves the names of all files there in $tmp/files ("./train/history.json") and the runs in
-# $tmp/runs ("6f1c2a ./train/run.json"), or ends with what is in the way.
+# Leaves in $tmp/files ("./train/history.json"), $tmp/runs ("6f1c2a ./train/run.json") and
+# $tmp/closed ("./lost+found") what is there, or ends with what is in the way.
 look() {
-    local mark="look-$$-$RANDOM$RANDOM" why
+    local why command=(sh -s)
+    [ -z "$host" ] || command=(sh "$tmp/ssh" -- "$host" sh -s)
     far_side >"$tmp/script" || fail 1 "cannot write in $tmp: is that disk full?"
-    if [ -n "$host" ]; then work sh "$tmp/ssh" -- "$host" 'sh -s'; else work sh -s; fi
+    work "${command[@]}"
     if ! tail -n 1 "$tmp/out" | grep -qx "$mark end"; then
-        host_words "$tmp/trouble" "$tmp/out"
-        if why=$(ssh_trouble "$tmp/trouble" "$host" "$key"); then fail 2 "$why"; fi
-        why=$(reason "$tmp/trouble")
-        fail 75 "$host cannot be reached or was cut off (${why:-no answer});" \
-            "the next run goes on from here"
+        why=$(cat "$tmp/out" "$tmp/trouble" | tr -d '\r' | tr -c '\n -~' '?')
+        if why=$(reason "$why" "$host"); then fail 2 "$why"; fi
+        fail 75 "$host cannot be reached or was cut off ($why); the next run goes on from here"
     fi
-    if [ "$(head -n 1 "$tmp/out")" != "$mark hello" ]; then login_text; fi
-    sed -n "s/^$mark //p" "$tmp/out" >"$tmp/seen"
-    if grep -qx missing "$tmp/seen"; then fail 2 "no such directory: $shown"; fi
-    if grep -qx closed "$tmp/seen"; then fail 2 "may not enter $shown"; fi
-    if grep -qx norsync "$tmp/seen"; then no_rsync; fi
-    sed -n 's/^file \.\//.\//p' "$tmp/seen" | grep -Ev '/\.\./|\.(tmp|corrupt)$' >"$tmp/files"
-    sed -n 's/^run //p' "$tmp/seen" | grep ' \./' | grep -v '/\.\./' >"$tmp/runs"
-    looked=$(date +%s)
+    [ "$(head -n 1 "$tmp/out")" = "$mark hello" ] || fail 2 "$host prints text at login, which" \
+        "rsync cannot read past; silence it for non-interactive shells (.bashrc)"
+    ! grep -qx "$mark norsync" "$tmp/out" || fail 2 "no rsync on $host; install it there"
+    ! grep -qx "$mark missing" "$tmp/out" || fail 2 "no such directory: $shown"
+    sed -n "s/^$mark file //p" "$tmp/out" | grep -Ev '[.](tmp|corrupt)$' >"$tmp/files"
+    sed -n "s/^$mark run //p" "$tmp/out" >"$tmp/runs"
+    sed -n "s/^$mark closed //p" "$tmp/out" >"$tmp/closed"
 }
 
-login_text() {
-    fail 2 "$host prints text at login, which rsync cannot read past; silence it for" \
-        "non-interactive shells (.bashrc)"
-}
-no_rsync() { fail 2 "no rsync on $host; install it there (apt-get install rsync)"; }
+escaped() { printf '%s' "$1" | sed 's/[][*?\\]/\\&/g'; }   # for a pattern with wildcards
 
-# ---- copying ----------------------------------------------------------------------------------
-
-only=(--include='*/' --exclude='*' --prune-empty-dirs)   # behind the names to include
-
-source_of() {
-    if [ -z "$host" ]; then printf '%s/' "$from"; return; fi
-    printf '%s:%s/' "$host" "$(quote "$from")"
-}
-
-# copy RSYNC_OPTION ...: one pass over all but what is never a result. A failure ends the program.
+# copy RSYNC_OPTION ...: one pass over all but what is never a result.
 copy() {
-    local code
-    partials >"$tmp/partials"
-    work env RSYNC_OLD_ARGS=1 RSYNC_PROTECT_ARGS=0 rsync -rt --partial-dir=.rsync-partial \
-        --out-format=%n -e "sh $tmp/ssh" --exclude='.*' --exclude='*.tmp' --exclude='*.corrupt' \
-        --exclude='*.old[0-9]*/' "$@" "$(source_of)" "$to/"
+    local code why source=$from/
+    [ -z "$host" ] || source=$host:$(quote "$from/")
+    work rsync -rt --partial-dir=.rsync-partial --out-format=%n -e "sh $tmp/ssh" \
+        ${closed[@]+"${closed[@]}"} --exclude='.*' --exclude='*.tmp' --exclude='*.corrupt' \
+        --exclude='*.old[0-9]*/' "$@" "$source" "$to/"
     code=$?
     cat "$tmp/out" >>"$tmp/copied"
-    open_resumed
-    case $code in
-        0 | 24) ;;   # 24: a file went away while we looked, as old checkpoints do
-        *) explain "$code" ;;
-    esac
+    [ "$code" -ne 0 ] && [ "$code" -ne 24 ] || return 0   # 24: a file went away while we looked
+    why='No space left|Disk quota|disk full|Read-only|mkstemp.*failed|recv_generator.*failed'
+    if why=$(grep -Ei "$why|make way for" "$tmp/trouble"); then
+        fail 1 "cannot write in $to: ${why##*$'\n'}; the next run goes on from here"
+    elif [ "$code" -eq 23 ] && why=$(grep 'Permission denied' "$tmp/trouble"); then
+        unreadable=${why##*$'\n'}   # of some files: the others come first
+    elif [ "$code" -ne 23 ] || ! grep -q 'No such file\|vanished' "$tmp/trouble"; then
+        why=$(reason "$(tr -d '\r' <"$tmp/trouble" | tr -c '\n -~' '?')" "$host")
+        [ "$why" != 'no answer' ] || why=$(grep -v 'bad fd' "$tmp/trouble" | tail -n 1)
+        fail 75 "${host:-rsync} was cut off (${why:-code $code}); the next run goes on from here"
+    fi   # otherwise 23 is openrsync's 24
 }
 
-partials() { find "$to" -type f -path '*/.rsync-partial/*' 2>/dev/null; }
-
-# openrsync leaves files that it resumed with mode 0600: give them what the umask gives new files.
-open_resumed() {
-    local part file
-    while IFS= read -r part; do
-        file=${part%/.rsync-partial/*}/${part##*/}
-        if [ ! -e "$part" ] && [ -n "$(find "$file" -perm 600 2>/dev/null)" ]; then
-            chmod '=rw' "$file"
-        fi
-    done <"$tmp/partials"
-}
-
-saw() { grep -qi "$1" "$tmp/trouble"; }
-
-# What a failed pass means; returns only if the files that failed were gone before their turn.
-explain() {
-    local last why
-    last=$(reason "$tmp/trouble")
-    [ -n "$last" ] || last=$(plain "$tmp/trouble" |
-        grep -v '^rsync error\|poll: bad fd\|^$' | tail -n 1 | cut -c 1-200)
-    if [ -n "$host" ] && why=$(ssh_trouble "$tmp/trouble" "$host" "$key"); then
-        fail 2 "$why"
-    elif saw 'No space left\|Disk quota\|disk full'; then
-        fail 1 "no room in $to; make some, and the next run goes on from here"
-    elif saw 'Read-only file system'; then
-        fail 1 "$to is read-only"
-    elif saw 'mkstemp.*failed\|recv_generator.*failed\|failed to set times\|make way for' ||
-        saw '\[\(receiver\|generator\)\].*denied'; then
-        fail 1 "cannot write to $to: $last"
-    elif [ "$1" -eq 127 ] || saw 'rsync.*not found\|command not found\|not recognized'; then
-        no_rsync
-    elif saw 'is your shell clean\|protocol version mismatch' ||
-        saw 'unexpected tag\|invalid.*handshake'; then
-        login_text
-    elif saw 'invalid option\|unknown option\|unrecognized option'; then
-        fail 2 "$last"
-    elif saw 'Permission denied'; then
-        # 23: of some files, said at the end, since all else is brought first.
-        [ "$1" -eq 23 ] || fail 2 "may not read all of $shown: $last"
-        unreadable=$last
-        return
-    elif [ "$1" -eq 23 ] && saw 'No such file or directory\|vanished'; then
-        look   # openrsync's way to say 24; if the directory itself is gone, this says so
-        return
-    fi
-    fail 75 "${host:-rsync} cannot be reached or was cut off (${last:-rsync exit $1});" \
-        "the next run goes on from here"
-}
-
-# ---- what earlier runs left -------------------------------------------------------------------
-
-export checkpoint='checkpoint_[0-9]+([.][A-Za-z0-9_-]+)+'   # awk takes it from the environment
-
-there() { grep -Fqx -- "$1" "$tmp/files"; }
-size() { if [ -f "$1" ]; then wc -c <"$1"; else echo 0; fi; }
-
-# Has any process file $1 open? We hold the lock, but it may be another program's transfer.
-in_use() {
-    if command -v lsof >/dev/null 2>&1; then
-        [ -n "$(lsof -t -- "$1" 2>/dev/null)" ]
-    elif [ -d /proc/self/fd ]; then
-        perl -e '
-            my @file = stat shift or exit 1;
-            for (glob "/proc/[0-9]*/fd/*") {
-                my @open = stat or next;
-                exit 0 if $open[0] == $file[0] && $open[1] == $file[1];
-            }
-            exit 1;' "$1"
-    else
-        [ -z "$(find "$1" -mtime +0)" ]   # nobody can tell: what a day left untouched is dead
-    fi
-}
-
-# An rsync that was killed leaves .NAME.XXXXXX (openrsync ten X) beside NAME. The next transfer of
-# NAME goes on from it once it stands in the partial directory; what no transfer needs is removed.
-use_debris() {
-    local file dir name end part
-    find "$to" -type f -name '.?*.??????*' >"$tmp/hidden" 2>/dev/null
-    while IFS= read -r file; do
-        dir=${file%/*}/ name=${file##*/.}
-        end=${name##*.} name=${name%.*}
-        case ${#end} in 6 | 10) ;; *) continue ;; esac
-        # Random ones nearly always have a capital and something else; names given by hand do not.
-        case $end in *[!A-Za-z0-9]*) continue ;; *[A-Z]*) ;; *) continue ;; esac
-        case $end in *[a-z0-9]*) ;; *) continue ;; esac
-        part=$dir.rsync-partial/$name
-        if there "./${dir#"$to/"}$name"; then
-            if in_use "$file"; then continue; fi
-            if [ "$(size "$file")" -gt "$(size "$part")" ] && mkdir -p "${part%/*}"; then
-                mv -f "$file" "$part"
-            else
-                rm -f "$file"
-            fi
-        elif [ -e "$dir$name" ] || [[ $name =~ ^$checkpoint$ ]]; then
-            in_use "$file" || rm -f "$file"
-        fi
-    done <"$tmp/hidden"
-    # Halves of files that are not there any more, such as old training states.
-    if [ -s "$tmp/files" ]; then
-        partials | while IFS= read -r part; do
-            file=${part%/.rsync-partial/*}/${part##*/}
-            there "./${file#"$to/"}" || in_use "$part" || rm -f "$part"
-        done
-    fi
-}
-
-# After a sync that brought everything, no half is needed.
-remove_halves() {
-    partials | while IFS= read -r part; do in_use "$part" || rm -f "$part"; done
-    find "$to" -type d -name .rsync-partial -exec rmdir {} + 2>/dev/null
-}
-
-# ---- a run that began anew there --------------------------------------------------------------
 # train --fresh puts the old run aside there and begins another under its name. Here too: copies of
 # the old one would be overwritten, and its higher-numbered states taken for newer ones.
-
-# At the first sync to a directory: what is there already was not brought by us.
-leave_what_is_not_ours() {
-    local file top
-    while IFS= read -r file; do
-        file=${file#./} top=$to/${file%%/*}
-        if [ -e "$to/$file" ] || { [ "$file" != "${file%%/*}" ] && [ -f "$top" ]; }; then
-            fail 2 "$top was there before the first sync to $to, and would be replaced; give" \
+set_old_runs_aside() {
+    local file id old dir aside number entry source
+    source=$(head -n 1 "$lock")   # who the copies are of; at the first sync, nobody
+    while [ -z "$source" ] && IFS= read -r file; do
+        if [ -e "$to/$file" ] || [ -f "$to/${file%/*}" ]; then
+            fail 2 "$to${file#.} was here before the first sync, and would be replaced; give" \
                 "another local directory, or, if it is a copy of $shown, type:" \
-                "echo $(typed "$shown") > $(typed "$to/.sync_results.lock")"
+                "echo $(quote "$shown") > $(quote "$lock")"
         fi
     done <"$tmp/files"
-}
-
-run_id() { sed -n 's/.*"run": *"\([0-9A-Za-z]*\)".*/\1/p' "$1" 2>/dev/null | head -n 1; }
-
-set_old_runs_aside() {
-    local id path dir aside number old source
-    source=$(head -n 1 "$to/.sync_results.lock")
-    [ -n "$source" ] || leave_what_is_not_ours
-    while read -r id path; do
-        dir=$to/${path#./}
-        old=$(run_id "$dir")
-        dir=${dir%/run.json}
-        if [ -z "$old" ] || [ "$id" = none ] || [ "$old" = "$id" ]; then continue; fi
-        if [ "$source" != "$shown" ]; then
-            fail 2 "$to has copies of other runs, from $source (if that is another name of the" \
-                "same machine, use it); give another local directory, or type:" \
-                "mv $(typed "$to") $(typed "${to%/}.before")"
-        fi
-        aside=$(cd "$dir" && pwd -P) number=1
+    while read -r id file; do
+        dir=$to/${file%/run.json} number=1
+        old=$(sed -n 's/.*"run": *"\([0-9A-Za-z]*\)".*/\1/p' "$dir/run.json" 2>/dev/null)
+        if [ -z "$old" ] || [ "$old" = "$id" ]; then continue; fi
+        [ "$source" = "$shown" ] || fail 2 "$to has copies of other runs, from $source; give" \
+            "another local directory, or type: mv $(quote "$to") $(quote "${to%/}.before")"
+        aside=$(cd "$dir" && pwd -P)
         while [ -e "$aside.old$number" ]; do number=$((number + 1)); done
         aside=$aside.old$number
-        if [ "$dir" = "$to" ]; then empty_into "$aside"; else mv "$dir" "$aside"; fi ||
-            fail 1 "$shown has begun anew, and the old copies in $dir cannot be moved to $aside"
+        mkdir "$aside"
+        for entry in "$dir"/*; do   # run.json goes last, for a move that is cut off
+            [ "$entry" = "$dir/run.json" ] || mv "$entry" "$aside/" || exit 1
+        done
+        mv "$dir/run.json" "$aside/" || exit 1
         notes="$notes; a new run began there, the old one's copies are in $aside"
     done <"$tmp/runs"
-    printf '%s\n' "$shown" >"$to/.sync_results.lock"   # who the copies are of, for the next time
+    printf '%s\n' "$shown" >"$lock"
 }
 
-# The directory itself stays, since it has our lock; run.json goes last, for a move that is cut off.
-empty_into() {
-    local entry
-    mkdir "$1" || return 1
-    for entry in "$to"/*; do
-        if [ "$entry" != "$to/run.json" ]; then mv "$entry" "$1/" || return 1; fi
-    done
-    mv "$to/run.json" "$1/"
-}
-
-# ---- training states --------------------------------------------------------------------------
-# A checkpoint is a state, or a piece of a data set: its line in checkpoints.jsonl tells. States
-# replace each other; pieces are data.
-
-# Prints "name start stop bytes sha256" for each whole line of file $1.
-records() {
-    awk '
-        function value(key,    at, rest) {
-            at = index($0, "\"" key "\":")
-            if (!at) return "?"
-            rest = substr($0, at + length(key) + 3)
-            sub(/^ *"?/, "", rest)
-            sub(/[",}].*$/, "", rest)
+# Prints for directory $1 ("./train"): the newest state there, its SHA-256, and the names of those
+# here that are too many by now, if as many may stay as there. (A checkpoint is a piece of data, or
+# a state, which a newer one replaces: its record starts where it stops.)
+states() {
+    local file
+    {
+        sed 's/^/record /' "$to/$1/checkpoints.jsonl"
+        sed 's/^/there /' "$tmp/files"
+        for file in "$to/$1"/checkpoint_*; do printf 'here %s\n' "${file##*/}"; done
+    } 2>/dev/null | START="there $1/" awk '
+        function value(key,    rest) {
+            if (!match($0, "\"" key "\": *")) return ""
+            rest = substr($0, RSTART + RLENGTH)
+            sub(/^"/, "", rest); sub(/[",}].*/, "", rest)
             return rest
         }
-        /^[{].*[}]$/ {
-            name = value("name"); start = value("start"); stop = value("stop")
-            bytes = value("bytes"); sum = value("sha256")
-            if (name ~ ("^" ENVIRON["checkpoint"] "$") && start ~ /^[0-9]+$/ &&
-                stop ~ /^[0-9]+$/ && bytes ~ /^[0-9]+$/ && sum ~ /^[0-9a-f]+$/ && length(sum) == 64)
-                print name, start, stop, bytes, sum
-        }' "$1" 2>/dev/null
+        $1 == "record" && value("start") == value("stop") && value("sha256") ~ /^[0-9a-f]+$/ {
+            number[value("name")] = value("stop") + 0; sum[value("name")] = value("sha256")
+        }
+        index($0, ENVIRON["START"]) == 1 {
+            name = substr($0, length(ENVIRON["START"]) + 1)
+            if (name in number) keep++
+            if (name in number && number[name] >= number[newest]) newest = name
+        }
+        $1 == "here" && $2 in number { here[$2] }
+        END {
+            if (newest == "") exit
+            printf "%s %s", newest, sum[newest]
+            for (old in here) {
+                newer = 0
+                for (n in here) newer += number[n] > number[old] && number[n] <= number[newest]
+                if (newer >= keep) printf " %s", old
+            }
+        }'
 }
 
-# Leaves in $tmp/dirs the directories there ("./", "./train/") whose checkpoints are states.
-find_state_dirs() {
-    grep -E "/$checkpoint\$" "$tmp/files" | sed 's|[^/]*$||' | sort -u |
-        while IFS= read -r dir; do
-            if records "$to/${dir#./}checkpoints.jsonl" |
-                awk '$2 == $3 { state = 1 } $2 != $3 { piece = 1 } END { exit !(state && !piece) }'
-            then printf '%s\n' "$dir"; fi
-        done >"$tmp/dirs"
-}
-
-# Leaves in $tmp/models, figures and data which files of each kind are there: without any, a pass,
-# which is a login, can be spared.
-sort_files() {
-    local kind
-    for kind in models figures data; do : >"$tmp/$kind"; done
-    TMPDIR=$tmp awk '
-        FILENAME == ARGV[1] { states[$0] = 1; next }
-        {
-            name = $0; sub(/.*\//, "", name)
-            dir = substr($0, 1, length($0) - length(name))
-            if (name ~ ("^" ENVIRON["checkpoint"] "$")) kind = (dir in states) ? "" : "data"
-            else if (name ~ /^(PROGRESS[.]txt|run[.]json|checkpoints[.]jsonl)$/) kind = ""
-            else if (name ~ /^report[.]/) kind = ""
-            else if (name ~ /[.]pt$/) kind = "models"
-            else if (name ~ /[.](jsonl?|png|svg|gif|html|txt|csv)$/) kind = "figures"
-            else kind = "data"
-            if (kind != "") print >(ENVIRON["TMPDIR"] "/" kind)
-        }' "$tmp/dirs" "$tmp/files"
-}
-
-# Names of states, from stdin: in the order of their numbers.
-by_number() { sed 's/^checkpoint_\([0-9]*\)\..*/\1 &/' | sort -n | cut -d ' ' -f 2; }
-
-states_there() {
-    DIR=$1 awk '{ name = substr($0, length(ENVIRON["DIR"]) + 1) }
-        index($0, ENVIRON["DIR"]) == 1 && name ~ ("^" ENVIRON["checkpoint"] "$") { print name }
-        ' "$tmp/files" | by_number
-}
-states_here() {
-    local file
-    for file in "$to/${1#./}"checkpoint_*; do [ -f "$file" ] && printf '%s\n' "${file##*/}"; done |
-        grep -E "^$checkpoint\$" | grep -Ev '\.(tmp|corrupt)$' | by_number
-}
-
-escaped() { printf '%s' "$1" | sed 's/[][*?\\]/\\&/g'; }
-# rsync takes a backslash for itself in a pattern without wildcards.
-pattern() { case $1 in *[*?[]*) escaped "$1" ;; *) printf '%s' "$1" ;; esac; }
-
-sha256_of() {
-    if command -v shasum >/dev/null 2>&1; then shasum -a 256 <"$1"
-    elif command -v sha256sum >/dev/null 2>&1; then sha256sum <"$1"
-    else openssl dgst -sha256 <"$1" | sed 's/.*= *//'; fi | cut -d ' ' -f 1
-}
-
-# Is the copy of state $2 in directory $1 the very bytes that were recorded?
-verified() {
-    local file="$to/${1#./}$2" line
-    line=$(records "$to/${1#./}checkpoints.jsonl" | grep "^$2 " | tail -n 1)
-    [ -n "$line" ] && [ "$(sha256_of "$file")" = "${line##* }" ]
-}
-
-# The run there forgets the records of states that it has let go of; some of these are still here,
-# and their records vouch for them. Keep what was known before this sync of each state here.
-save_records() {
-    find "$to" -type d -name '*.old[0-9]*' -prune -o -type f -name checkpoints.jsonl -print |
-        while IFS= read -r file; do
-            mkdir -p "$tmp/known/${file#"$to/"}" && cp "$file" "$tmp/known/${file#"$to/"}/"
-        done
-}
-restore_records() {
-    local dir file name known
-    while IFS= read -r dir; do
-        file=$to/${dir#./}checkpoints.jsonl known=$tmp/known/${dir#./}checkpoints.jsonl
-        [ -f "$known/checkpoints.jsonl" ] || continue
-        states_here "$dir" | while IFS= read -r name; do
-            records "$file" | grep -q "^$name " ||
-                grep -F "\"$name\"" "$known/checkpoints.jsonl" | tail -n 1
-        done >"$tmp/lost"
-        [ ! -s "$tmp/lost" ] ||
-            { cat "$tmp/lost" "$file" >"$file.tmp" && mv "$file.tmp" "$file"; }
-    done <"$tmp/dirs"
-}
-
-# Brings the newest state of each training, with the records that vouch for it.
-copy_states() {
-    local dir newest wanted=()
-    while IFS= read -r dir; do
-        newest=$(states_there "$dir" | tail -n 1)
-        [ -n "$newest" ] || continue
-        dir=$(pattern "${dir#./}")
-        wanted+=("--include=/$dir$newest" "--include=/${dir}checkpoints.jsonl")
-    done <"$tmp/dirs"
-    [ -z "${wanted[*]-}" ] || copy "$@" "${wanted[@]}" "${only[@]}"
-    restore_records
-}
-
-# Lets go of the oldest states beyond as many as are kept there, once the newest one is verified.
+# Lets go of the states that are too many, once the newest one is verified.
 let_go() {
-    local dir newest keep old bad=''
-    [ -n "$(sha256_of /dev/null 2>/dev/null)" ] ||
-        fail 1 "none of shasum, sha256sum and openssl is here: states cannot be verified"
+    local dir newest sum old too_many
     while IFS= read -r dir; do
-        newest=$(states_there "$dir" | tail -n 1)
-        keep=$(states_there "$dir" | grep -c .)
-        if [ -z "$newest" ] || [ ! -f "$to/${dir#./}$newest" ]; then continue; fi
-        # (Those with higher numbers are not ours to judge: the run there went back to this one.)
-        states_here "$dir" | awk -v newest="$newest" -v keep="$keep" '
-            { name[NR] = $0 } $0 == newest { last = NR }
-            END { for (i = 1; i <= last - keep; i++) print name[i] }' >"$tmp/old"
-        if [ ! -s "$tmp/old" ] && ! grep -Fqx -- "${dir#./}$newest" "$tmp/copied"; then continue; fi
-        if ! verified "$dir" "$newest"; then
-            bad="$bad ${dir#./}$newest"
-            continue
+        read -r newest sum too_many <<<"$(states "$dir")"
+        if [ -z "$too_many" ] || [ ! -f "$to/$dir/$newest" ]; then continue; fi
+        if ! "${sha256[@]}" <"$to/$dir/$newest" | grep -q "^$sum "; then
+            mv -f "$to/$dir/$newest" "$to/$dir/$newest.corrupt"
+            fail 1 "the copy of ${dir#./}/$newest is not what checkpoints.jsonl records: set" \
+                "aside; the older states were kept. The next run brings it again"
         fi
-        [ ! -s "$tmp/old" ] || sync   # to the disk: a power cut must not take the newer one as well
-        while IFS= read -r old; do
-            rm -f "$to/${dir#./}$old" && gone=$((gone + 1))
-        done <"$tmp/old"
+        sync   # to the disk: a power cut must not take the newer one as well
+        for old in $too_many; do rm -f "$to/$dir/$old" && gone=$((gone + 1)); done
     done <"$tmp/dirs"
-    unverified=$bad
 }
 
 # ---- a sync -----------------------------------------------------------------------------------
 
-began=$(date +%s) notes='' gone=0 unverified='' unreadable=''
+export RSYNC_OLD_ARGS=1 RSYNC_PROTECT_ARGS=0   # the far shell reads our quotes, whatever the rsync
+notes='' gone=0 unreadable='' closed=() sha256=(shasum -a 256)
+command -v shasum >/dev/null || sha256=(sha256sum)
 : >"$tmp/copied"
 look
 set_old_runs_aside
-use_debris
-save_records
-
-# Progress first: what follows is at least as new as what it says. -c: a file that is written anew
-# may have kept its size within one second.
-copy -c --include=PROGRESS.txt --include=run.json --include=checkpoints.jsonl \
-    --include='report.*' "${only[@]}"
-find_state_dirs
-restore_records
-sort_files
-rest=(--exclude=PROGRESS.txt --exclude=run.json)   # one version of them holds for all that follows
 while IFS= read -r dir; do
-    dir=/$(escaped "${dir#./}")
-    rest+=("--exclude=${dir}checkpoint_[0-9]*" "--exclude=${dir}checkpoints.jsonl")
-done <"$tmp/dirs"
-if [ -s "$tmp/models" ]; then
-    copy -c --exclude='checkpoint_[0-9]*' --include='*.pt' "${only[@]}"
-fi
-if [ -s "$tmp/figures" ]; then
-    copy -c --exclude='checkpoint_[0-9]*' "${rest[@]}" --include='*.json' --include='*.jsonl' \
-        --include='*.png' --include='*.svg' --include='*.gif' --include='*.html' \
-        --include='*.txt' --include='*.csv' "${only[@]}"
-fi
-if [ -s "$tmp/data" ]; then copy "${rest[@]}"; fi
+    closed+=("--exclude=$(escaped "${dir#.}")/")
+    notes="$notes; not readable there: ${dir#./}"
+done <"$tmp/closed"
 
-if [ -s "$tmp/dirs" ]; then
-    if [ $(($(date +%s) - looked)) -gt 20 ]; then   # by now there are newer ones
-        look
-        set_old_runs_aside
-    fi
-    copy_states
-    let_go
-    if [ -n "$unverified" ]; then   # a damaged copy: its bytes are compared with those there
-        copy_states -I
-        let_go
-    fi
-    [ -z "$unverified" ] || fail 1 "the copy in $to of$unverified is not what checkpoints.jsonl" \
-        "records, also after it was brought again; the older states were kept. Is the file there" \
-        "whole (python checkpointing.py verify), and the disk here?"
-fi
+# For the eyes: what follows is at least as new as what the progress says. -c: a file that is
+# written anew may have kept its size within one second.
+copy -c --exclude='checkpoint_[0-9]*' --include='*.json' --include='*.jsonl' --include='*.png' \
+    --include='*.svg' --include='*.gif' --include='*.html' --include='*.txt' --include='*.csv' \
+    --include='*/' --exclude='*' --prune-empty-dirs
+
+# All the rest, but of training states the newest only. (The brackets make it a pattern.)
+grep '/checkpoints[.]jsonl$' "$tmp/files" | sed 's|/[^/]*$||' >"$tmp/dirs"
+newest=()
+while IFS= read -r dir; do
+    read -r name sum <<<"$(states "$dir")"
+    dir=$(escaped "${dir#.}")
+    [ -z "$name" ] ||
+        newest+=("--include=$dir/[c]${name#c}" "--exclude=$dir/checkpoint_[0-9]*")
+done <"$tmp/dirs"
+copy --exclude=PROGRESS.txt --exclude=run.json ${newest[@]+"${newest[@]}"}
+let_go
 [ -z "$unreadable" ] || fail 2 "may not read all of $shown: $unreadable; all else was brought"
-remove_halves
+find "$to" -type d -name .rsync-partial -exec rm -rf {} +   # halves that nobody needs any more
 
 [ "$gone" -eq 0 ] || notes="; $gone older training states let go$notes"
-count=$(grep -Ev '/$|PROGRESS.txt$|checkpoints.jsonl$|^skipping ' "$tmp/copied" |
-    sort -u | grep -c .)
-say "$shown -> $to: $count new files in $(($(date +%s) - began)) s$notes"
+count=$(grep -Ev '/$|PROGRESS.txt$|checkpoints.jsonl$|^skipping' "$tmp/copied" | sort -u | wc -l)
+say "$shown -> $to: $((count)) new files in $SECONDS s$notes"

@@ -1,7 +1,16 @@
-"""What all tests share: how a program is run, killed and watched, and what happens where a tool is missing."""
+"""What all tests share: how a program is run, killed and watched, and where a tool is missing.
+
+A stage that imports torch is forked from a process that has done so already (zygote.py): it
+starts in milliseconds, not in three seconds, and ends as if started from a command line.
+`real=True` starts a true process all the same, `real=False` forks a stage without torch, too.
+"""
+import json
 import os
+import select
 import shutil
 import signal
+import socket
+import struct
 import subprocess
 import sys
 import time
@@ -9,10 +18,14 @@ from pathlib import Path
 
 import pytest
 
-# A suite started in the background of a script or under nohup inherits ignored signals, and would hand them on to the jobs
-# it tests, which rightly go on ignoring them.
+# A suite started in the background of a script or under nohup inherits ignored signals, and would
+# hand them on to the jobs it tests, which rightly go on ignoring them.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+# As in settings.py, for trainings inside a test: read when torch is imported.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("GOMP_SPINCOUNT", "2000")
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -36,33 +49,115 @@ def need_root():
         missing("root (for mount)")
 
 
+# -- programs
+
+WITH_TORCH = ("train_magvit.py", "evaluate_magvit.py", "apply_magvit.py")
+
+
+class Zygote:
+    """The process that forks; it is started when a test first asks, and ends with this one."""
+
+    environment, socket = dict(os.environ), None
+
+    @classmethod
+    def ask(cls, request, descriptors):
+        if cls.socket is None:
+            cls.socket, its = socket.socketpair()
+            subprocess.Popen([sys.executable, ROOT / "tests" / "zygote.py", str(its.fileno())],
+                             pass_fds=[its.fileno()], stdin=subprocess.DEVNULL, cwd=ROOT,
+                             env=cls.environment)
+            its.close()
+        text = json.dumps(request).encode()
+        socket.send_fds(cls.socket, [struct.pack("I", len(text))], descriptors)
+        cls.socket.sendall(text)
+
+
+class Forked(subprocess.Popen):
+    """A Popen whose process is the zygote's child: only how it starts, and how its end is known,
+    are replaced. These three methods are Popen's own, not public: Python 3.10 to 3.14 have them."""
+
+    def __init__(self, arguments, **more):
+        self.session = more.pop("start_new_session", False)
+        super().__init__(arguments, **more)
+
+    def _execute_child(self, arguments, executable, preexec_fn, close_fds, pass_fds, cwd, env,
+                       startupinfo, creationflags, shell, *rest):
+        p2cread, p2cwrite, c2pread, c2pwrite, errread, errwrite = rest[:6]
+        self.answers, answer = os.pipe()
+        request = {"argv": list(map(str, arguments[1:])), "cwd": str(cwd or os.getcwd()),
+                   "env": dict(os.environ if env is None else env), "session": self.session}
+        Zygote.ask(request, [0 if p2cread < 0 else p2cread, 1 if c2pwrite < 0 else c2pwrite,
+                             2 if errwrite < 0 else errwrite, answer])
+        os.close(answer)
+        self.pid = self.answer(60)
+        self._child_created = True
+        self._close_pipe_fds(p2cread, p2cwrite, c2pread, c2pwrite, errread, errwrite)
+
+    def answer(self, seconds):
+        """The next number that the zygote sends; None if it sends none for so long."""
+        if select.select([self.answers], [], [], seconds)[0]:
+            answer = os.read(self.answers, 4)
+            assert answer, "the process of tests/zygote.py has ended"
+            return struct.unpack("i", answer)[0]
+
+    def _try_wait(self, flags):
+        status = self.answer(0 if flags else None)
+        return (0, 0) if status is None else (self.pid, status)
+
+    def _internal_poll(self, *_, **__):
+        if self.returncode is None and self._waitpid_lock.acquire(False):
+            try:
+                pid, status = self._try_wait(os.WNOHANG)
+                if pid:
+                    self._handle_exitstatus(status)
+            finally:
+                self._waitpid_lock.release()
+        return self.returncode
+
+    def _handle_exitstatus(self, status, *_):
+        os.close(self.answers)
+        self.returncode = os.waitstatus_to_exitcode(status)
+
+
 def command(script, *arguments):
     return [sys.executable, str(ROOT / script), *map(str, arguments)]
 
 
-def run(script, *arguments, code=0, **more):
-    """Run a stage to its end, check its exit code, return the completed process with its output as text."""
-    done = subprocess.run(command(script, *arguments), capture_output=True, text=True, timeout=150, **more)
-    assert done.returncode == code, f"exit {done.returncode}, not {code}\n{done.stdout}\n{done.stderr}"
+def run(script, *arguments, code=0, real=None, **more):
+    """Run a stage to its end, check its exit code, return the completed process with its output."""
+    process = start(script, *arguments, real=real, stderr=subprocess.PIPE, **more)
+    try:
+        said, errors = process.communicate(timeout=150)
+    except BaseException:
+        process.kill()
+        process.communicate()
+        raise
+    done = subprocess.CompletedProcess(process.args, process.returncode, said, errors)
+    assert done.returncode == code, f"exit {done.returncode}, not {code}\n{said}\n{errors}"
     if code:
-        assert "Traceback" not in done.stderr
-        assert len([line for line in done.stderr.splitlines() if not line.startswith("warning: ")]) == 1, done.stderr
+        assert "Traceback" not in errors
+        lines = [line for line in errors.splitlines() if not line.startswith("warning: ")]
+        assert len(lines) == 1, errors
     return done
 
 
-def start(script, *arguments, **more):
+def start(script, *arguments, real=None, **more):
     more.setdefault("stdout", subprocess.PIPE)
     more.setdefault("stderr", subprocess.STDOUT)
-    return subprocess.Popen(command(script, *arguments), text=True, **more)
+    more.setdefault("text", True)
+    if real is None:
+        real = script not in WITH_TORCH
+    return (subprocess.Popen if real else Forked)(command(script, *arguments), **more)
 
 
 def peak_memory(script, *arguments):
     """Peak resident memory of a stage, in the unit of getrusage."""
-    code = ("import resource, runpy, sys; sys.argv = sys.argv[1:]; sys.path.insert(0, sys.argv[0].rpartition('/')[0]); "
+    code = ("import resource, runpy, sys; sys.argv = sys.argv[1:]; "
+            "sys.path.insert(0, sys.argv[0].rpartition('/')[0]); "
             "runpy.run_path(sys.argv[0], run_name='__main__'); "
             "print('peak', resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)")
-    done = subprocess.run([sys.executable, "-c", code, *command(script, *arguments)[1:]], capture_output=True, text=True,
-                          check=True)
+    done = subprocess.run([sys.executable, "-c", code, *command(script, *arguments)[1:]],
+                          capture_output=True, text=True, check=True)
     return int(done.stdout.rsplit("peak", 1)[1])
 
 
@@ -79,7 +174,8 @@ def wait_for(condition, what, seconds=60):
 def kill(process):
     process.send_signal(signal.SIGKILL)
     process.communicate(timeout=30)
-    assert process.returncode == -signal.SIGKILL, f"it had ended before the kill ({process.returncode})"
+    code = process.returncode
+    assert code == -signal.SIGKILL, f"it had ended before the kill ({code})"
 
 
 @pytest.fixture
@@ -92,7 +188,8 @@ def small_disk(tmp_path):
     def make(size=1 << 20):
         directory = tmp_path / f"disk{len(mounted)}"
         directory.mkdir()
-        subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", directory], check=True)
+        subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", directory],
+                       check=True)
         mounted.append(directory)
         return directory
 
@@ -101,22 +198,13 @@ def small_disk(tmp_path):
         subprocess.run(["umount", "-l", directory], check=True)
 
 
-# -- the checklist of -m prelaunch
-
-checklist = []
-
-
-@pytest.hookimpl(hookwrapper=True)
-def pytest_runtest_makereport(item, call):
-    report = (yield).get_result()
-    if item.get_closest_marker("prelaunch") and (report.when == "call" or report.failed or report.skipped):
-        checklist.append((item.function.__doc__.splitlines()[0], report.outcome))
-
-
-def pytest_terminal_summary(terminalreporter):
-    if checklist:
-        terminalreporter.section("prelaunch checklist")
-        for title, outcome in checklist:
-            terminalreporter.write_line(f"[{'x' if outcome == 'passed' else ' '}] {title}: {outcome}")
-        ready = all(outcome == "passed" for _, outcome in checklist)
-        terminalreporter.write_line("READY" if ready else "NOT READY")
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory):
+    """A directory with dataset.npz, 80 videos, and results/magvit_training, a small training of
+    them with its evaluation. For reading: a test that changes it copies it first."""
+    place = tmp_path_factory.mktemp("trained")
+    run("generate.py", "--n", 80, "--every", 40, "--out", place / "videos", real=False)
+    run("merge.py", place / "videos", "--out", place / "dataset.npz", real=False)
+    run("train_magvit.py", "--data", place / "dataset.npz", "--epochs", 2, "--device", "cpu",
+        "--out", place / "results" / "magvit_training")
+    return place

@@ -1,0 +1,133 @@
+"""Starts the stages that import torch in milliseconds: python tests/zygote.py SOCKET
+
+One process imports numpy, torch and the stages once, computes nothing (so it has no pools of
+threads that a fork would lose), and forks a job for each request on SOCKET, a descriptor. A request
+is four descriptors (stdin, stdout, stderr, and a pipe for the answers), the length of its JSON, and
+that JSON. The answers are the job's process number and, when it has ended, its wait status.
+
+The end of this file is the job: it runs the stage as python would, as __main__, and ends as any
+program does, with its exceptions, its threads and its atexit. `conftest.Forked` is the other side.
+"""
+import atexit
+import contextlib
+import importlib
+import json
+import os
+import select
+import signal
+import socket
+import struct
+import sys
+import types
+import warnings
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+# Read when Python, its libraries or torch start: a job for which they differ is a true process.
+EARLY = ("PYTHON", "LD_", "LC_", "LANG", "OMP_", "GOMP_", "KMP_", "MKL_", "OPENBLAS_", "TORCH",
+         "PYTORCH_", "CUDA_", "CUBLAS_")
+
+
+ended = []
+
+
+@atexit.register    # the first one, so it is called last
+def leave():
+    """Without half a second for taking all modules apart, where the exit code is plain."""
+    with contextlib.suppress(OSError, ValueError):      # Python itself has a code for a full disk
+        if ended and isinstance(ended[0], int):
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(ended[0] & 255)
+
+
+def stages():
+    """{path: code} of the stages, all imported once, so that what they import is here."""
+    codes = {}
+    for path in sorted(ROOT.glob("*.py")):
+        importlib.import_module(path.stem)
+        codes[str(path)] = compile(path.read_bytes(), path, "exec")
+    importlib.import_module("torch._inductor.config")   # use_deterministic_algorithms() wants it
+    return codes
+
+
+def receive(requests):
+    """(request, descriptors) of the next request; ends the program when nobody can ask any more."""
+    head, descriptors, *_ = socket.recv_fds(requests, 4, 4)
+    if not head:
+        raise SystemExit(0)
+    (size,), text = struct.unpack("I", head), b""
+    while len(text) < size:
+        text += requests.recv(size - len(text))
+    return json.loads(text), descriptors
+
+
+def serve(requests, added):
+    """Fork a job for each request; returns, in the job, what it was asked for."""
+    alarm, woken = os.pipe()
+    os.set_blocking(woken, False)
+    signal.set_wakeup_fd(woken)
+    signal.signal(signal.SIGCHLD, lambda *_: None)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)    # of the terminal: pytest decides what follows
+    answers = {}
+    while True:
+        if alarm in select.select([requests, alarm], [], [])[0]:
+            os.read(alarm, 1000)
+            while answers:
+                pid, status = os.waitpid(-1, os.WNOHANG)
+                if not pid:
+                    break
+                with contextlib.suppress(OSError):      # nobody waits for it
+                    os.write(answers[pid], struct.pack("i", status))
+                os.close(answers.pop(pid))
+            continue
+        request, (*standard, answer) = receive(requests)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")     # of OpenBLAS's thread, which is ready for this
+            pid = os.fork()
+        if pid:
+            answers[pid] = answer
+            for descriptor in standard:
+                os.close(descriptor)
+            continue
+        signal.set_wakeup_fd(-1)
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        for number, descriptor in enumerate(standard):
+            os.dup2(descriptor, number)
+        if request["session"]:
+            os.setsid()
+        os.write(answer, struct.pack("i", os.getpid()))
+        for descriptor in (*standard, *answers.values(), answer, alarm, woken):
+            os.close(descriptor)
+        requests.close()
+        os.chdir(request["cwd"])
+        environment, argv = added | request["env"], request["argv"]
+        if early(environment) != early(os.environ):
+            for number in signal.SIGPIPE, signal.SIGXFSZ:   # Python ignores them
+                signal.signal(number, signal.SIG_DFL)
+            os.execve(sys.executable, [sys.executable, *argv], request["env"])
+        os.environ.clear()
+        os.environ.update(environment)
+        return argv
+
+
+def early(environment):
+    return {key: value for key, value in environment.items() if key.startswith(EARLY)}
+
+
+before = dict(os.environ)
+sys.path[0] = str(ROOT)
+codes = stages()
+sys.argv = serve(socket.socket(fileno=int(sys.argv[1])),
+                 {key: value for key, value in os.environ.items() if before.get(key) != value})
+sys.orig_argv = [sys.executable, *sys.argv]
+job = sys.modules["__main__"] = types.ModuleType("__main__")
+job.__file__ = sys.argv[0]
+sys.modules["numpy"].random.seed()      # or all jobs would draw the same numbers
+try:
+    exec(codes[sys.argv[0]], job.__dict__)
+    ended.append(0)
+except SystemExit as error:
+    ended.append(error.code or 0)
+    raise

@@ -1,4 +1,4 @@
-"""checkpointing.py beside what people install for the same purpose; prints the table of the README.
+"""checkpointing.py beside what people install for the same purpose; prints the table of docs/peers.md.
 
     python benchmarks/bench_peers.py
 
@@ -33,10 +33,10 @@ WAYS = {
     "checkpointing.py, `map`": "import checkpointing\n"
                                "checkpointing.map(work, range(N), 'results', every=EVERY)",
     "checkpointing.py, `steps`": "import checkpointing\n"
-                                 "with checkpointing.Run('results', N, every=EVERY) as run:\n"
-                                 "    run.load(lambda file: None)\n"
-                                 "    for i in run.steps(b'the position is all that is kept'):\n"
-                                 "        work(i)",
+                                 "run = checkpointing.Run('results', N, every=EVERY)\n"
+                                 "run.load()\n"
+                                 "for i in run.steps():\n"
+                                 "    work(i)",
     "loopz 1.0.0": "import loopz\n"
                    "loopz.track('job', save_every=EVERY)(work)(range(N))",
     "safe-state 0.4.0": "from safe_state import safe_state\n"

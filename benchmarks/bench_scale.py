@@ -29,10 +29,10 @@ def videos(largest, place):
         made, memory = timed(python("generate.py", "--n", n, "--every", EVERY, "--out", out))
         times = [timed(python(*command))[0] for command in (
             ("generate.py", "--n", n, "--every", EVERY, "--out", out),
-            ("checkpointing.py", "status", out), ("checkpointing.py", "verify", out))]
+            ("runs.py", "status", out), ("runs.py", "verify", out))]
         merge, merge_memory = timed(python("merge.py", out, "--out", out / "dataset.npz"))
         files = [path for path in out.iterdir() if path.name != "dataset.npz"]
-        cells = [f"{n:,}", len(checkpointing.find_checkpoints(out)), f"{made:.1f} s",
+        cells = [f"{n:,}", len(checkpointing.read_records(out)), f"{made:.1f} s",
                  *(f"{seconds:.2f} s" for seconds in times), f"{merge:.1f} s",
                  f"{memory:.0f} / {merge_memory:.0f} MB", len(files),
                  f"{sum(path.stat().st_size for path in files) / 1e6:.0f} MB"]
@@ -54,15 +54,15 @@ def read(file):
     while file.read(1 << 20):
         pass
 with checkpointing.Run(out, 3, keep=1) as run:
-    run.begin()
+    run.load(read=read)
     times = []
     for number in (1, 2, 3):
         began = time.perf_counter()
-        run.save(number, write)
+        run.save(number, write=write)
         times.append(time.perf_counter() - began)
 with checkpointing.Run(out, 3) as run:
     began = time.perf_counter()
-    run.load(read)
+    run.load(read=read)
     times.append(time.perf_counter() - began)
 print(*times, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
 """

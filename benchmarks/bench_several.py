@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 import generate  # noqa: E402
 import train_magvit  # noqa: E402
-from bench_train import Quiet, seconds_of  # noqa: E402
+from bench_train import seconds_of  # noqa: E402
 from processes import Processes  # noqa: E402
 
 VIDEOS = 10_000
@@ -52,9 +52,10 @@ def measured(asked, count):
 
 def measure(asked):
     """In each process: {phase: batch, speed in videos/s of all, share of a step that exchanges}."""
-    train_magvit.import_torch()
     import magvit
     import torch
+    from torch import distributed
+    from videos import CLASSES
     processes, device, found = Processes(), magvit.open_device(asked.device), {}
     processes.join(device)
     arrays = generate.empty_arrays(generate.Settings(), VIDEOS)
@@ -62,10 +63,11 @@ def measure(asked):
     preset = train_magvit.PRESETS[asked.preset]
     torch.manual_seed(0)
     model = magvit.Magvit(magvit.Sizes(**preset.sizes), arrays["videos"].shape[1:],
-                          magvit.CLASSES)
+                          CLASSES)
     model.to(device).requires_grad_(False)
-    videos, labels = magvit.Videos(arrays["videos"], device), torch.from_numpy(arrays["labels"])
-    data = (model, videos, labels.to(device), [torch.arange(VIDEOS, device=device)] * 3, 0)
+    videos = magvit.DeviceVideos(arrays["videos"], device)
+    labels, every = torch.from_numpy(arrays["labels"]), torch.arange(VIDEOS, device=device)
+    data = (model, videos, labels.to(device), every, every, 0)
     for phase in train_magvit.phases_of(train_magvit.Settings(), preset, model, VIDEOS):
         each = phase.batch
         phase = dataclasses.replace(phase, batch=each * processes.count,
@@ -73,7 +75,8 @@ def measure(asked):
         seconds = [spent(phase, data, group) for group in (processes, Silent())]
         found[phase.name] = {"batch": each, "speed": phase.batch / seconds[0],
                              "exchange": max(0, 1 - seconds[1] / seconds[0])}
-    processes.leave()
+    if not processes.alone:
+        distributed.destroy_process_group()
     if processes.leads:
         print(json.dumps(found), flush=True)
 
@@ -81,10 +84,7 @@ def measure(asked):
 class Silent(Processes):
     """The same shares, but nothing is exchanged."""
 
-    def total(self, tensor):
-        return tensor
-
-    def average(self, tensors):
+    def add(self, tensors):
         pass
 
 
@@ -92,7 +92,7 @@ def spent(phase, data, processes):
     learner = train_magvit.Learner(phase, *data, processes)
     learner.shuffle(0)
     cuda = learner.device.type == "cuda"
-    return seconds_of(train_magvit.captured(learner, Quiet()) if cuda else learner.step)
+    return seconds_of(train_magvit.captured(learner, lambda line: None) if cuda else learner.step)
 
 
 if __name__ == "__main__":

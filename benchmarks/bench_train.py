@@ -30,7 +30,6 @@ def main():
     parser.add_argument("--preset", default="tiny")
     parser.add_argument("--n", type=int, default=10000)
     asked = parser.parse_args()
-    train_magvit.import_torch()
     import torch
     chip = torch.cuda.get_device_name() if asked.device == "cuda" else "cpu"
     print(f"{time.strftime('%Y-%m-%d')}, Python {sys.version.split()[0]}, torch "
@@ -51,23 +50,22 @@ def learners(asked, data):
     import magvit
     import numpy as np
     import torch
-    device, data = magvit.open_device(asked.device), magvit.load_data(data)
-    part, preset = magvit.split(data.labels), train_magvit.PRESETS[asked.preset]
+    import videos as sets
+    from processes import Processes
+    device, data = magvit.open_device(asked.device), sets.load(data)
+    part, preset = sets.split(data.labels), train_magvit.PRESETS[asked.preset]
     model = magvit.Magvit(magvit.Sizes(**preset.sizes), data.videos.shape[1:], data.classes)
     model.to(device).requires_grad_(False)
-    parts = [torch.from_numpy(np.flatnonzero(part == k)).to(device) for k in range(3)]
-    videos = magvit.Videos(data.videos, device)
+    training, validation = (torch.from_numpy(np.flatnonzero(part == k)).to(device)
+                            for k in (sets.TRAIN, sets.VALIDATION))
+    videos = magvit.DeviceVideos(data.videos, device)
     labels = torch.from_numpy(data.labels).to(device)
     settings = train_magvit.Settings()
-    for phase in train_magvit.phases_of(settings, preset, model, len(parts[0])):
-        learner = train_magvit.Learner(phase, model, videos, labels, parts, 0)
+    for phase in train_magvit.phases_of(settings, preset, model, len(training)):
+        learner = train_magvit.Learner(phase, model, videos, labels, training, validation, 0,
+                                       Processes())
         learner.shuffle(0)
         yield learner
-
-
-class Quiet:
-    def log(self, text):
-        pass
 
 
 def steps(learner):
@@ -78,7 +76,7 @@ def steps(learner):
         line(f"{name}: training videos/s", f"{batch / seconds_of(learner.step):.0f}", "-")
         return
     began = time.perf_counter()
-    replay = train_magvit.captured(learner, Quiet())
+    replay = train_magvit.captured(learner, lambda line: None)
     line(f"{name}: compile and capture", f"{time.perf_counter() - began:.0f} s", "-")
     graph, plain = seconds_of(replay), seconds_of(learner.step)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
@@ -132,7 +130,7 @@ def whole_runs(asked, data, place):
             process.kill()
         return ended - began
 
-    off, on = worked("off", "--every", "1000"), worked("on", "--max-minutes", "0.05")
+    off, on = worked("off", "--every", "1000000"), worked("on", "--max-minutes", "0.05")
     line("second phase with a checkpoint every 3 s, against none", f"{on / off:.2f} times", "-")
     cut = command("cut", "--max-minutes", "0.02")
     with subprocess.Popen(cut, stdout=subprocess.DEVNULL) as process:
@@ -140,9 +138,9 @@ def whole_runs(asked, data, place):
         time.sleep(3)
         process.kill()
     began = time.perf_counter()
-    with subprocess.Popen(command("cut"), stdout=subprocess.PIPE, text=True) as process:
-        next(said for said in process.stdout if said.startswith("preset"))   # at the 20th step
-        line("from a restart to its 20th step", f"{time.perf_counter() - began:.1f} s", "-")
+    with subprocess.Popen(command("cut"), stderr=subprocess.PIPE, text=True) as process:
+        next(said for said in process.stderr if said.startswith("preset"))   # after two seconds
+        line("from a restart to its first estimate", f"{time.perf_counter() - began:.1f} s", "-")
         beside = made(place, "beside", asked)
         process.kill()
     line("apply_magvit.py generate --n 16 beside a training, against alone",

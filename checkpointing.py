@@ -149,7 +149,8 @@ class Run:
 
     def steps(self, get=None, *, write=None):
         """Numbers of the steps to do. What get() gives is saved when it is due, or what
-        write(open binary file) writes: then random states are the job's own business too."""
+        write(open binary file) writes: then random states are the job's own business too.
+        With zip() it comes first: zip(run.steps(get), items[run.done:])."""
         self._open()
         if not self.complete:
             self._begin()
@@ -165,6 +166,8 @@ class Run:
                 self._tick(self.done + 1, *self._content)
         finally:
             self.busy = False
+            if not self._finishing:     # by break or an exception: the state may be half a step on
+                self._left, self._step = self._step is not None, None
         self.leave_if_asked()
 
     # -- 2. a long list of results, piece by piece
@@ -330,7 +333,7 @@ class Run:
         self.moved, self.longest_wait = time.monotonic(), 0.0   # the last update()
         self.begun = self.busy = self.leaving = self._looked = self._finishing = False
         self._read = self._random = self._content = self._step = None
-        self._only_tells = False        # tick() was never given anything to save
+        self._only_tells = self._left = False   # tick() had nothing to save; a step was left
         self._cost, self._spent = None, 0.0     # seconds: of the last save; of all of this start
 
     def _begin(self):
@@ -409,6 +412,7 @@ class Run:
         if self._process != os.getpid():
             return None, None       # a forked child leaves its copy of the block
         if self._lock is None:      # it could not be opened
+            _endings.unwatch(self)
             known = kind is not None and issubclass(kind, CheckpointError)
             return (error.exit_code, str(error)) if known else (None, None)
         self.leaving = True     # from here on a signal must not break off the last word
@@ -440,7 +444,7 @@ class Run:
     def _verdict(self, kind, error):
         """(status, the line Error, exit code or None): the one place where these are decided."""
         number = _endings.number
-        over = self.complete or self._finishing or self.total is None and self._block
+        over = self.complete or self._finishing or self._ends_with_block()
         if kind is None:
             return "COMPLETE" if over and not number else "INTERRUPTED", None, None
         if issubclass(kind, CheckpointError):
@@ -461,17 +465,21 @@ class Run:
 
     def _save_the_rest(self):
         """At a normal end that finish(), or a block with no total, makes the last."""
-        if not self._finishing and not (self.total is None and self._block):
+        if not self._finishing and not self._ends_with_block():
             return      # left early: the state may be half a step ahead of its number
-        if self._finishing and self._step is not None:  # finish() and then break
+        if self._step is not None:  # finish() and then break
             self.done = self._step + 1
-        if self._content and self.done > self.durable and self.begun:
+        if self._content and self.done > self.durable and self.begun and not self._left:
             self.save(self.done, self._content[0], write=self._content[1])
         newest = self._records.get(self.newest)
         if self._finishing and newest and not newest.get("complete"):
             self._check()
             newest["complete"], self.total = True, self.durable
             append_record(self.out, newest)
+
+    def _ends_with_block(self):
+        """Is the normal end of the block that of the work?"""
+        return self.total is None and self._block and not self._left and self._step is None
 
     def _say_the_end(self, status, code, kind, error):
         if status == "COMPLETE":
@@ -536,10 +544,9 @@ def map(function, items, out, *, every=1000, workers=1, **options):
                 **options.pop("settings", {})}
     with Run(out, len(items), every=every, suffix=".jsonl", unit=options.pop("unit", "items"),
              settings=settings, **options) as run:
-        results = results_of(function, items, run, int(workers))    # it begins with the first piece
-        for piece in run.pieces():
-            piece.save("".join([json_line(next(results)) for _ in piece]))
-        results.close()
+        with contextlib.closing(results_of(function, items, run, int(workers))) as results:
+            for piece in run.pieces():
+                piece.save("".join([json_line(next(results)) for _ in piece]))
         return [json.loads(line) for name in read_records(run.out) if (run.out / name).exists()
                 for line in (run.out / name).read_bytes().splitlines()]
 
@@ -562,7 +569,9 @@ def results_of(function, items, run, workers):
         while waiting:
             yield waiting.popleft().result()
     finally:
-        pool.shutdown(wait=False, cancel_futures=True)
+        for future in waiting:
+            future.cancel()
+        pool.shutdown()
 
 
 def json_line(value):
@@ -586,10 +595,9 @@ def dump(state, file):
     """Write a state and the random states to an open file; objects by their state_dict()."""
     def kept(item):
         return item.state_dict() if hasattr(item, "load_state_dict") else item
-    if type(state) in (tuple, list):
-        state = type(state)([kept(item) for item in state])
-    elif type(state) is dict:
-        state = {key: kept(item) for key, item in state.items()}
+    if inside(state):
+        state = ({key: kept(item) for key, item in state.items()} if isinstance(state, dict)
+                 else [kept(item) for item in state])
     content = {"state": kept(state), "random": random_states()}
     torch_here().save(content, file) if torch_here() else pickle.dump(content, file, protocol=4)
 
@@ -603,23 +611,30 @@ def undump(file):
     return torch.load(file, map_location="cpu", weights_only=False)
 
 
+def inside(state):
+    """Keys of the items of a tuple, list or dict that have load_state_dict."""
+    pairs = (state.items() if isinstance(state, dict) else
+             enumerate(state) if isinstance(state, (tuple, list)) else ())
+    return [key for key, item in pairs if hasattr(item, "load_state_dict")]
+
+
 def restored(default, kept):
     """What was kept, put into the objects of `default` that have load_state_dict."""
     if hasattr(default, "load_state_dict"):
         default.load_state_dict(kept)
         return default
-    if type(default) not in (tuple, list, dict):
+    keys = inside(default)
+    if not keys:
         return kept
-    keys = list(default) if type(default) is dict else range(len(default))
-    inside = [key for key in keys if hasattr(default[key], "load_state_dict")]
-    if not inside:
-        return kept
-    if type(kept) is not type(default) or len(kept) != len(default):
+    if isinstance(kept, dict) != isinstance(default, dict) or len(kept) != len(default):
         raise ValueError(f"a {type(default).__name__} of {len(default)} items was asked for, but "
                          f"another thing was saved ({type(kept).__name__})")
-    items = {key: restored(default[key], kept[key]) if key in inside else kept[key]
-             for key in keys}
-    return items if type(default) is dict else type(default)(items.values())
+    for key in keys:
+        default[key].load_state_dict(kept[key])
+        kept[key] = default[key]
+    if isinstance(default, tuple):
+        return default._make(kept) if hasattr(default, "_make") else tuple(kept)
+    return kept
 
 
 def random_states():
@@ -1253,8 +1268,9 @@ class _Endings:
         raise SystemExit(code)
 
     def ended(self):
-        """At exit: without an exception, or behind failed()."""
-        code, words = self.end_all(None, None)
+        """At exit: without an exception, or where another sys.excepthook has told it."""
+        error = None if hasattr(sys, "ps1") else getattr(sys, "last_value", None)
+        code, words = self.end_all(type(error) if error else None, error)
         if code is not None:    # a signal in the last moment, or a last save that failed: at exit
             complain(words)     # there is no other way to say so
             for stream in (sys.stdout, sys.stderr):

@@ -104,6 +104,8 @@ def status(roots):
                      f"heartbeat {checkpointing.duration(age)} ago"]
         elif word != "COMPLETE":
             line += [progress.get("Error", ""), f"go on with: {progress.get('Command', '?')}"]
+        if "stop" in names:
+            line.append(f"keep starts nothing here: rm {directory / 'stop'}")
         tell(one_line("  ".join(filter(None, line))))
     name_unreadable(unreadable)
     if not count:

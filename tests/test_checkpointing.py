@@ -587,6 +587,39 @@ time.sleep(60)
     os.killpg(process.pid, signal.SIGKILL)
 
 
+def test_what_was_left_is_neither_saved_nor_complete_and_no_hook_hides_an_error(tmp_path):
+    """A block without a total whose step is left; another sys.excepthook; a lambda in map()."""
+    left = program(tmp_path / "left", """
+import contextlib
+with checkpointing.Run("out") as run:
+    pairs = run.load(([], []))
+    with contextlib.suppress(KeyboardInterrupt):
+        for i in run.steps(lambda: pairs):
+            pairs[0].append(i)
+            if i == 5 and not os.path.exists("again"): os.kill(os.getpid(), signal.SIGINT)
+            pairs[1].append(i)
+            time.sleep(0.01)
+            if i == 9: run.finish()
+print(pairs[0] == pairs[1] == list(range(10)))
+""")
+    finish(left)
+    out = tmp_path / "left" / "out" / "PROGRESS.txt"
+    assert read_progress(out)["Status"] == "INTERRUPTED"
+    (tmp_path / "left" / "again").touch()
+    assert finish(left).stdout == "True\n"
+    assert read_progress(out)["Status"] == "COMPLETE"
+    finish(program(tmp_path / "hook", """
+run = checkpointing.Run("out", 3)
+run.load()
+sys.excepthook = lambda *error: print(error[1])
+for i in run.steps(): pass
+1 / 0
+"""), code=1)
+    assert read_progress(tmp_path / "hook" / "out" / "PROGRESS.txt")["Status"] == "FAILED"
+    finish(program(tmp_path / "lambda", "checkpointing.map(lambda x: x, range(50), 'out', "
+                   "workers=2)"), code=1)
+
+
 def test_threads_executors_and_runs_within_runs(tmp_path):
     finish(program(tmp_path, """
 import concurrent.futures, threading

@@ -98,13 +98,13 @@ def compare(tmp_path, code, out="results", after=(1, 2)):
 
 
 def test_the_four_lines(tmp_path):
-    compare(tmp_path, example("random.seed(1)"))
+    compare(tmp_path, example("random.seed(1)"), "simulation")
 
 
-@pytest.mark.parametrize("words", [
-    "every=100)", pytest.param("every=100, workers=4)", marks=pytest.mark.thorough)])
-def test_a_function_over_many_items(tmp_path, words):
-    said = compare(tmp_path, example(words))
+@pytest.mark.parametrize("words, out", [("every=100)", "squares"), pytest.param(
+    "every=100, workers=4)", "results", marks=pytest.mark.thorough)])
+def test_a_function_over_many_items(tmp_path, words, out):
+    said = compare(tmp_path, example(words), out)
     assert int(said) == sum(i * i for i in range(1000))
 
 
@@ -124,7 +124,7 @@ def test_results_in_pieces(tmp_path):
 
 
 def test_a_pool_that_says_how_far_it_is(tmp_path):
-    compare(tmp_path, example("pool.imap"))
+    compare(tmp_path, example("pool.imap"), "pool")
 
 
 @pytest.mark.parametrize("number, code, send", [
@@ -132,10 +132,10 @@ def test_a_pool_that_says_how_far_it_is(tmp_path):
     (signal.SIGTERM, 143, os.kill)])
 def test_a_pool_that_is_stopped_leaves_at_once_and_goes_on(tmp_path, number, code, send):
     process = start(example("pool.imap"), tmp_path)
-    wait_for(lambda: checkpoints(tmp_path / "results"), "a checkpoint")
+    wait_for(lambda: checkpoints(tmp_path / "pool"), "a checkpoint")
     send(process.pid, number)
     process.communicate(timeout=60)
-    assert process.returncode == code and status(tmp_path / "results") == "INTERRUPTED"
+    assert process.returncode == code and status(tmp_path / "pool") == "INTERRUPTED"
     said = output_of(start(example("pool.imap"), tmp_path))
     assert int(said) == sum(i * i for i in range(1000))
 

@@ -84,6 +84,10 @@ class Processes:
                 yield
                 if not self.alone:
                     distributed.destroy_process_group()
+        except SystemExit:      # the leader, after its last word: as above
+            if not self.alone and distributed.is_initialized():
+                distributed.destroy_process_group()
+            raise
         except (CheckpointError, OSError) as error:
             raise SystemExit(getattr(error, "exit_code", FAILED)) from None
 
@@ -162,7 +166,8 @@ class Follower(contextlib.nullcontext):
         return default
 
     def leave_if_asked(self):
-        raise SystemExit(128 + self.stopping)
+        # At once: Python's end, with the group still alive, aborts now and then (torch 2.13).
+        os._exit(128 + self.stopping)
 
     def ignore(self, *_, **fields):
         pass

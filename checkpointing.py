@@ -28,7 +28,6 @@ Standard library only, Python 3.9 on: copy this one file into your project. runs
 what runs are doing (`runs.py status DIR`) and checks copies (`runs.py verify DIR`).
 """
 import atexit
-import collections
 import concurrent.futures
 import contextlib
 import errno
@@ -109,6 +108,7 @@ class Run:
         self.done = self.durable = 0        # units worked on, now or before; that survive a kill
         self.newest, self.fields = None, {}     # newest checkpoint's name; the job's own lines
         self.begun = self.busy = self.leaving = False   # busy: a signal waits for the work
+        self._only_tells = False            # tick() had nothing to save
         self._lock, self._process, self._block = None, None, False
 
     stopping = property(lambda self: _endings.number, doc="the signal that asked to stop, or None")
@@ -166,8 +166,6 @@ class Run:
                 self._tick(self.done + 1, *self._content)
         finally:
             self.busy = False
-            if not self._finishing:     # by break or an exception: the state may be half a step on
-                self._left, self._step = self._step is not None, None
         self.leave_if_asked()
 
     # -- 2. a long list of results, piece by piece
@@ -332,8 +330,8 @@ class Run:
             raise
         self.moved, self.longest_wait = time.monotonic(), 0.0   # the last update()
         self.begun = self.busy = self.leaving = self._looked = self._finishing = False
-        self._read = self._random = self._content = self._step = None
-        self._only_tells = self._left = False   # tick() had nothing to save; a step was left
+        self._read = self._random = self._content = None
+        self._step = None   # number of the step at work, or left by break or an exception
         self._cost, self._spent = None, 0.0     # seconds: of the last save; of all of this start
 
     def _begin(self):
@@ -469,7 +467,7 @@ class Run:
             return      # left early: the state may be half a step ahead of its number
         if self._step is not None:  # finish() and then break
             self.done = self._step + 1
-        if self._content and self.done > self.durable and self.begun and not self._left:
+        if self._content and self.done > self.durable and self.begun:
             self.save(self.done, self._content[0], write=self._content[1])
         newest = self._records.get(self.newest)
         if self._finishing and newest and not newest.get("complete"):
@@ -479,7 +477,7 @@ class Run:
 
     def _ends_with_block(self):
         """Is the normal end of the block that of the work?"""
-        return self.total is None and self._block and not self._left and self._step is None
+        return self.total is None and self._block and self._step is None
 
     def _say_the_end(self, status, code, kind, error):
         if status == "COMPLETE":
@@ -539,8 +537,8 @@ def map(function, items, out, *, every=1000, workers=1, **options):
         if re.search(r" at 0x[0-9a-f]+", text):
             raise TypeError(f"{text[:80]}: items need a repr that tells them apart at a restart")
         digest.update(text.encode() + b"\n")
-    name = getattr(function, "__qualname__", None) or re.sub(" at 0x[0-9a-f]+", "", repr(function))
-    settings = {"function": name, "items": len(items), "items_sha256": digest.hexdigest(),
+    settings = {"function": getattr(function, "__qualname__", repr(function)),
+                "items": len(items), "items_sha256": digest.hexdigest(),
                 **options.pop("settings", {})}
     with Run(out, len(items), every=every, suffix=".jsonl", unit=options.pop("unit", "items"),
              settings=settings, **options) as run:
@@ -559,19 +557,9 @@ def results_of(function, items, run, workers):
             yield function(item)
         return
     # an executor, since a Pool waits for ever for a worker that was killed
-    pool = concurrent.futures.ProcessPoolExecutor(workers)
-    waiting = collections.deque()
-    try:
-        for item in todo:
-            waiting.append(pool.submit(function, item))
-            if len(waiting) > 4 * workers:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
-    finally:
-        for future in waiting:
-            future.cancel()
-        pool.shutdown()
+    with concurrent.futures.ProcessPoolExecutor(workers) as pool:
+        for at in range(0, len(todo), 1000):    # not all at once: they would wait in memory
+            yield from pool.map(function, todo[at:at + 1000])
 
 
 def json_line(value):

@@ -9,8 +9,6 @@ import hashlib
 import io
 import math
 import os
-import re
-import resource
 import tempfile
 import zipfile
 from dataclasses import dataclass
@@ -25,7 +23,7 @@ CLASSES = ("linear", "circular", "helical", "parabolic")    # a label is an inde
 LIT = 0.02              # a pixel brighter than this, of 1, is foreground
 SMALLEST_CLASS = 10     # videos; fewer leave a class without a test video
 BLOCK = 32 << 20        # bytes of videos in hand at a time
-MEMORY_SHARE = 0.5      # of the free memory that the videos may take
+IN_MEMORY = 256 << 20   # bytes of videos; larger sets lie in a file, see `gathered`
 
 
 def decibels(mse):
@@ -180,10 +178,10 @@ def whole_numbers(videos, file, number):
 
 
 def gathered(blocks, shape, path):
-    """One array of all blocks: in memory or, where that is too small, in a file that has no name
-    and is gone with the process."""
-    size, free = math.prod(shape), free_memory()
-    if size <= free * MEMORY_SHARE:
+    """One array of all blocks: in memory or, of a large set, in a file that has no name and is
+    gone with the process: the kernel keeps of it in memory what there is room for."""
+    size = math.prod(shape)
+    if size <= IN_MEMORY:
         videos, at = np.empty(shape, np.uint8), 0
         for block in blocks:
             videos[at:at + len(block)] = block
@@ -197,37 +195,9 @@ def gathered(blocks, shape, path):
             file.flush()
             return np.memmap(file, np.uint8, "r+", shape=shape)
     except OSError as error:
-        raise CheckpointError(f"{path}: its {size:,} bytes of videos fit neither into the memory "
-                              f"({free:,} free) nor into a file in {place} ({error.strerror}). Set "
-                              "TMPDIR to a directory with more room") from None
-
-
-def free_memory():
-    """Bytes that this process may still take: of the machine, its containers and its ulimits."""
-    page, taken = os.sysconf("SC_PAGE_SIZE"), 0
-    free = [page * os.sysconf("SC_PHYS_PAGES")]
-    with contextlib.suppress(OSError, TypeError):
-        free.append(1024 * int(re.search(r"MemAvailable: +(\d+)",
-                                         Path("/proc/meminfo").read_text())[1]))
-        taken = page * int(Path("/proc/self/statm").read_text().split()[0])
-    limits = [resource.getrlimit(kind)[0] for kind in (resource.RLIMIT_AS, resource.RLIMIT_DATA)]
-    free += [most - taken for most in limits if most != resource.RLIM_INFINITY]
-    return max(0, min(free + free_in_groups(Path("/sys/fs/cgroup"), Path("/proc/self/cgroup"))))
-
-
-def free_in_groups(root, own):
-    """What the control groups (version 1 or 2) of this process, and those around them, leave it."""
-    free, names = [], {"": ("memory.max", "memory.current"),
-                       "memory": ("memory.limit_in_bytes", "memory.usage_in_bytes")}
-    with contextlib.suppress(OSError):
-        for kind, path in re.findall(r"^\d+:(|memory):/(.*)$", own.read_text(), re.M):
-            group = root / kind / path
-            for place in (group, *group.parents):
-                with contextlib.suppress(OSError, ValueError):     # "max" where there is no limit
-                    most, used = (int((place / name).read_text()) for name in names[kind])
-                    cache = re.findall(r"inactive_file (\d+)", (place / "memory.stat").read_text())
-                    free.append(most - used + int([0, *cache][-1]))     # the kernel gives that up
-    return free
+        raise CheckpointError(f"{path}: its {size:,} bytes of videos do not fit into a file in "
+                              f"{place} ({error.strerror}). Set TMPDIR to a directory with more "
+                              "room; /dev/shm is the memory itself") from None
 
 
 # --------------------------------------------------------------------------------------------------
@@ -249,17 +219,12 @@ def split(labels):
 
 def checked_split(data):
     """(part of each video, a digest of the set); refuses the same video in two parts."""
-    part = split(data.labels)
-    whole = hashlib.sha256(data.labels.tobytes())
-    digests = np.empty((len(part), 2), np.uint64)
+    part, seen, whole = split(data.labels), {}, hashlib.sha256(data.labels.tobytes())
     for i, video in enumerate(data.videos):
         digest = hashlib.blake2b(np.ascontiguousarray(video), digest_size=16).digest()
         whole.update(digest)
-        digests[i] = np.frombuffer(digest, np.uint64)
-    order = np.lexsort(digests.T)      # stable: of the same videos the first comes first
-    same = (digests[order[1:]] == digests[order[:-1]]).all(1)
-    pairs = [(b, a) for a, b in zip(order[:-1][same], order[1:][same]) if part[a] != part[b]]
-    for i, first in sorted(pairs)[:1]:
-        raise CheckpointError(f"video {i} ({PARTS[part[i]]}) is the same as video {first} "
-                              f"({PARTS[part[first]]}): the figures would flatter. Remove one")
+        first = seen.setdefault(digest, i)
+        if part[i] != part[first]:
+            raise CheckpointError(f"video {i} ({PARTS[part[i]]}) is the same as video {first} "
+                                  f"({PARTS[part[first]]}): the figures would flatter. Remove one")
     return part, whole.hexdigest()[:16]

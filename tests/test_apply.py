@@ -115,7 +115,7 @@ def test_classify_takes_a_run_directory_and_a_set_larger_than_the_memory(apply, 
     said = apply("classify", tmp_path / "run")
     assert len(said.splitlines()) == 12
     apply("predict", "videos.npz", "--given", 4, "--out", tmp_path / "memory.npz")
-    monkeypatch.setattr(videos, "free_memory", lambda: 0)
+    monkeypatch.setattr(videos, "IN_MEMORY", 0)
     assert apply("classify", tmp_path / "run") == said
     apply("predict", "videos.npz", "--given", 4, "--out", tmp_path / "disk.npz")
     assert (tmp_path / "disk.npz").read_bytes() == (tmp_path / "memory.npz").read_bytes()

@@ -130,7 +130,8 @@ def empty_arrays(settings, n):
 def render(settings, first, stop, arrays):
     """Fill `arrays` (of empty_arrays, stop - first long) with samples first to stop - 1."""
     videos, labels, trajectory_3d, trajectory_2d = arrays
-    draws = uniform(settings.seed, 0, first, stop, DRAWS)
+    words = random_words(settings.seed, 0, first, stop, DRAWS)
+    draws = (words >> np.uint64(11)) * 2.0**-53     # float64, uniform in [0, 1)
     labels[:] = np.arange(first, stop) % len(KINDS)
     path = place(relative_paths(labels, draws, settings), draws, settings)
     trajectory_3d[:] = path
@@ -149,11 +150,6 @@ def random_words(seed, stream, first, stop, count):
     assert count % 4 == 0, "Philox makes four words a step"
     generator = np.random.Philox(key=seed + (stream << 64), counter=first * count // 4)
     return generator.random_raw((stop - first) * count).reshape(stop - first, count)
-
-
-def uniform(seed, stream, first, stop, count):
-    """float64 (stop - first, count), uniform in [0, 1)."""
-    return (random_words(seed, stream, first, stop, count) >> np.uint64(11)) * 2.0**-53
 
 
 TAYLOR = [(-1)**k * (2 * math.pi)**(2 * k + 1) / math.factorial(2 * k + 1) for k in range(14)]

@@ -66,10 +66,10 @@ def number_in(progress, key, default=0):
 # ------------------------------------------------------------------------------------------------
 # status and verify
 
-def directories(roots, unreadable):
+def directories(roots, quiet=False):
     """(directory, names of its files) of all below, links followed, each once; hidden ones are
-    left out: a copy's half-finished files. What cannot be listed is added to `unreadable`."""
-    seen = set()
+    left out: a copy's half-finished files. What cannot be listed is named at the end."""
+    seen, unreadable = set(), []
     for root in roots:
         if not os.path.isdir(root):
             raise CheckpointError(f"{root}: no such directory", WRONG_SETTINGS)
@@ -81,17 +81,14 @@ def directories(roots, unreadable):
             else:
                 seen.add(real)
                 yield Path(folder), sorted(names)
-
-
-def name_unreadable(errors):
-    for error in errors:    # such as a volume's lost+found
+    for error in () if quiet else unreadable:    # such as a volume's lost+found
         tell(one_line(f"{error.filename}: cannot be listed ({error.strerror}); passed over"))
 
 
 def status(roots):
     """A line for every run below: its state, how much is done and saved, what to type."""
-    count, unreadable = 0, []
-    for directory, names in directories(roots, unreadable):
+    count = 0
+    for directory, names in directories(roots):
         if "PROGRESS.txt" not in names:
             continue
         count += 1
@@ -107,7 +104,6 @@ def status(roots):
         if "stop" in names:
             line.append(f"keep starts nothing here: rm {directory / 'stop'}")
         tell(one_line("  ".join(filter(None, line))))
-    name_unreadable(unreadable)
     if not count:
         raise CheckpointError(f"no run (PROGRESS.txt) in or below {', '.join(roots)}")
     return 0
@@ -115,8 +111,8 @@ def status(roots):
 
 def verify(roots):
     """Read every checkpoint and result below. Returns 1 with the bad ones named, or 0."""
-    good, bad, unreadable = 0, 0, []
-    for directory, names in directories(roots, unreadable):
+    good, bad = 0, 0
+    for directory, names in directories(roots):
         # behind the listing: a record is durable before its checkpoint has its name
         records, there, problems = checkpointing.read_records(directory), set(names), []
         for name in names:
@@ -133,7 +129,6 @@ def verify(roots):
         for name, problem in problems:
             tell(one_line(f"BAD {directory / name}: {problem}"))
         bad += len(problems)
-    name_unreadable(unreadable)
     tell(f"{good} files are whole, {bad} bad" if good or bad
          else f"no checkpoints in {', '.join(roots)}")
     return 1 if bad or not good else 0
@@ -239,7 +234,7 @@ def stop(directory):
 
 def at_work(directory):
     """The run directories in and below `directory` whose lock is held."""
-    return [folder for folder, _ in directories([directory], []) if held(folder / ".lock")]
+    return [run for run, _ in directories([directory], quiet=True) if held(run / ".lock")]
 
 
 def holders(locks):

@@ -75,8 +75,8 @@ class Run:
     first: number of the first unit (pieces only). keep: how many states stay.
     heartbeat: seconds between writes of PROGRESS.txt. stall_after: seconds without an update until
     STALLED (never less than ten times the longest wait between two updates so far).
-    signals: those that wait until the step at work is done and saved. Ctrl-C is not among them: it
-    is Python's own, and the run goes on from the last save. quiet: only warnings and errors.
+    signals: those that wait until the step at work is saved, or stalls. Ctrl-C is not among them:
+    it is Python's own, and the run goes on from the last save. quiet: only warnings and errors.
 
     Three ways to use it:
       1. load() and steps(): the state is one object, stored whole at each checkpoint.
@@ -1095,6 +1095,8 @@ class Progress:
                 stalled = now - run.moved > max(run.stall_after, 10 * run.longest_wait)
                 self.write("STALLED" if stalled else "RUNNING")
                 written = now
+                if stalled and _endings.number:
+                    _endings.hurry()
 
 
 def read_progress(path):
@@ -1194,6 +1196,7 @@ class _Endings:
         self.runs, self.before = [], {}     # that are open; the handlers that were there before
         self.hook = None                    # the sys.excepthook that was there before
         self.number, self.at = None, 0.0    # the signal that asks
+        self.patient = True                 # it waits for the step at work
         self.mask = threading.local()       # what was blocked before a fork, by thread
         self.minds_forks = False
 
@@ -1219,7 +1222,7 @@ class _Endings:
         self.runs = [other for other in self.runs if other is not run]
         self.put_back({number for other in self.runs for number in other.signals})
         if not self.runs:
-            self.number = None
+            self.number, self.patient = None, True
 
     def put_back(self, wanted=()):
         """What was changed in the process, but for signals that are still `wanted`, unless somebody
@@ -1241,11 +1244,17 @@ class _Endings:
             self.number, self.at = number, now
         if any(run.leaving for run in self.runs):
             return
-        if not any(run.busy for run in self.runs):
+        if not (self.patient and any(run.busy for run in self.runs)):
             raise SystemExit(128 + number)      # nothing is at work that could be saved
         # `timeout -s INT` sends two at once
         if not first and number == signal.SIGINT and now - self.at > 0.3:
             raise KeyboardInterrupt
+
+    def hurry(self):
+        """The step at work stalls, such as a pool's, which waits for ever for workers that the same
+        signal has killed: leave it."""
+        self.patient = False
+        signal.pthread_kill(threading.main_thread().ident, self.number)
 
     def failed(self, kind, error, trace):
         """sys.excepthook: an exception ends the program."""

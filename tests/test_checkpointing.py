@@ -1176,3 +1176,32 @@ def test_it_works_on_other_pythons(tmp_path, version):
         assert finish(path, method, python=[python]).stdout == "True\n"
     for word in ("status", "verify"):
         subprocess.run([python, ROOT / "runs.py", word, tmp_path], check=True)
+
+
+HANGING_POOL = """
+import multiprocessing
+def simulate(i):
+    if i == 7 and not os.path.exists("hung"):
+        open("hung", "w").close()
+        time.sleep(1000)
+    return i * i
+if __name__ == "__main__":
+    run = checkpointing.Run("out", total=20, stall_after=1, heartbeat=0.2)
+    values = run.load([])
+    with multiprocessing.get_context(sys.argv[1]).Pool(2) as pool:
+        for i in run.steps(lambda: values):
+            values.append(pool.apply(simulate, (i,)))
+    assert values == [i * i for i in range(20)]
+"""
+
+
+@pytest.mark.parametrize("how", ["fork", "spawn"])
+def test_a_pool_whose_workers_died_of_the_same_signal_does_not_wait_for_ever(tmp_path, how):
+    """As of SIGHUP, which a terminal that closes sends to all of them."""
+    path = program(tmp_path, HANGING_POOL)
+    job = begin(path, how)
+    wait_for((tmp_path / "hung").exists, "the item that hangs")
+    os.killpg(job.pid, signal.SIGHUP)
+    assert job.wait(60) == 129
+    assert progress(tmp_path / "out")["Status"] == "INTERRUPTED"
+    finish(path, how)

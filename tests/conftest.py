@@ -4,9 +4,10 @@ A stage that imports torch is forked from a process that has done so already (zy
 starts in milliseconds, not in three seconds, and ends as if started from a command line.
 `real=True` starts a true process all the same, `real=False` forks a stage without torch, too.
 """
+import ctypes
 import json
 import os
-import select
+import re
 import shutil
 import signal
 import socket
@@ -29,6 +30,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "2000")
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+import checkpointing  # noqa: E402
 
 
 def missing(what):
@@ -54,27 +56,11 @@ def need_root():
 WITH_TORCH = ("train_magvit.py", "evaluate_magvit.py", "apply_magvit.py")
 
 
-class Zygote:
-    """The process that forks; it is started when a test first asks, and ends with this one."""
-
-    environment, socket = dict(os.environ), None
-
-    @classmethod
-    def ask(cls, request, descriptors):
-        if cls.socket is None:
-            cls.socket, its = socket.socketpair()
-            subprocess.Popen([sys.executable, ROOT / "tests" / "zygote.py", str(its.fileno())],
-                             pass_fds=[its.fileno()], stdin=subprocess.DEVNULL, cwd=ROOT,
-                             env=cls.environment)
-            its.close()
-        text = json.dumps(request).encode()
-        socket.send_fds(cls.socket, [struct.pack("I", len(text))], descriptors)
-        cls.socket.sendall(text)
-
-
 class Forked(subprocess.Popen):
-    """A Popen whose process is the zygote's child: only how it starts, and how its end is known,
-    are replaced. These three methods are Popen's own, not public: Python 3.10 to 3.14 have them."""
+    """A Popen whose process is forked by the zygote and becomes a child of this one. Only how it
+    starts is replaced, by a method of Popen that is not public: Python 3.10 to 3.14 have it."""
+
+    environment, zygote = dict(os.environ), None
 
     def __init__(self, arguments, **more):
         self.session = more.pop("start_new_session", False)
@@ -83,40 +69,40 @@ class Forked(subprocess.Popen):
     def _execute_child(self, arguments, executable, preexec_fn, close_fds, pass_fds, cwd, env,
                        startupinfo, creationflags, shell, *rest):
         p2cread, p2cwrite, c2pread, c2pwrite, errread, errwrite = rest[:6]
-        self.answers, answer = os.pipe()
         request = {"argv": list(map(str, arguments[1:])), "cwd": str(cwd or os.getcwd()),
                    "env": dict(os.environ if env is None else env), "session": self.session}
-        Zygote.ask(request, [0 if p2cread < 0 else p2cread, 1 if c2pwrite < 0 else c2pwrite,
-                             2 if errwrite < 0 else errwrite, answer])
+        answers, answer = os.pipe()
+        adopt_orphans(True)
+        self.ask(request, [0 if p2cread < 0 else p2cread, 1 if c2pwrite < 0 else c2pwrite,
+                           2 if errwrite < 0 else errwrite, answer])
         os.close(answer)
-        self.pid = self.answer(60)
+        self.pid = int(os.read(answers, 20))
+        os.close(answers)
+        adopt_orphans(False)
         self._child_created = True
         self._close_pipe_fds(p2cread, p2cwrite, c2pread, c2pwrite, errread, errwrite)
 
-    def answer(self, seconds):
-        """The next number that the zygote sends; None if it sends none for so long."""
-        if select.select([self.answers], [], [], seconds)[0]:
-            answer = os.read(self.answers, 4)
-            assert answer, "the process of tests/zygote.py has ended"
-            return struct.unpack("i", answer)[0]
+    @classmethod
+    def ask(cls, request, descriptors):
+        """The zygote is started when a test first asks, and ends with this process."""
+        if cls.zygote is None:
+            cls.zygote, its = socket.socketpair()
+            subprocess.Popen([sys.executable, ROOT / "tests" / "zygote.py", str(its.fileno())],
+                             pass_fds=[its.fileno()], stdin=subprocess.DEVNULL, cwd=ROOT,
+                             env=cls.environment)
+            its.close()
+        text = json.dumps(request).encode()
+        socket.send_fds(cls.zygote, [struct.pack("I", len(text))], descriptors)
+        cls.zygote.sendall(text)
 
-    def _try_wait(self, flags):
-        status = self.answer(0 if flags else None)
-        return (0, 0) if status is None else (self.pid, status)
 
-    def _internal_poll(self, *_, **__):
-        if self.returncode is None and self._waitpid_lock.acquire(False):
-            try:
-                pid, status = self._try_wait(os.WNOHANG)
-                if pid:
-                    self._handle_exitstatus(status)
-            finally:
-                self._waitpid_lock.release()
-        return self.returncode
+LIBC = ctypes.CDLL(None)
 
-    def _handle_exitstatus(self, status, *_):
-        os.close(self.answers)
-        self.returncode = os.waitstatus_to_exitcode(status)
+
+def adopt_orphans(yes):
+    """Whether a grandchild whose parent has ended becomes our child, which only Linux can do."""
+    PR_SET_CHILD_SUBREAPER = 36     # prctl(2)
+    assert LIBC.prctl(PR_SET_CHILD_SUBREAPER, int(yes), 0, 0, 0) == 0
 
 
 def command(script, *arguments):
@@ -142,12 +128,11 @@ def run(script, *arguments, code=0, real=None, **more):
 
 
 def start(script, *arguments, real=None, **more):
-    more.setdefault("stdout", subprocess.PIPE)
-    more.setdefault("stderr", subprocess.STDOUT)
-    more.setdefault("text", True)
+    more = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, **more}
     if real is None:
         real = script not in WITH_TORCH
-    return (subprocess.Popen if real else Forked)(command(script, *arguments), **more)
+    forks = not real and hasattr(LIBC, "prctl")
+    return (Forked if forks else subprocess.Popen)(command(script, *arguments), **more)
 
 
 def peak_memory(script, *arguments):
@@ -161,7 +146,20 @@ def peak_memory(script, *arguments):
     return int(done.stdout.rsplit("peak", 1)[1])
 
 
-def wait_for(condition, what, seconds=60):
+def environment(**more):
+    return {**os.environ, **{key: str(value) for key, value in more.items()}}
+
+
+def progress(out):
+    return checkpointing.read_progress(Path(out) / "PROGRESS.txt")
+
+
+def durable(out):
+    """How many units PROGRESS.txt says would survive a kill."""
+    return int((re.match(r"\d+", progress(out).get("Checkpoint", "")) or ["0"])[0])
+
+
+def wait_for(condition, what, seconds=120):
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         value = condition()
@@ -173,7 +171,7 @@ def wait_for(condition, what, seconds=60):
 
 def kill(process):
     process.send_signal(signal.SIGKILL)
-    process.communicate(timeout=30)
+    process.communicate(timeout=60)
     code = process.returncode
     assert code == -signal.SIGKILL, f"it had ended before the kill ({code})"
 

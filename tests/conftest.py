@@ -114,10 +114,8 @@ def run(script, *arguments, code=0, real=None, **more):
     process = start(script, *arguments, real=real, stderr=subprocess.PIPE, **more)
     try:
         said, errors = process.communicate(timeout=150)
-    except BaseException:
-        process.kill()
-        process.communicate()
-        raise
+    finally:
+        process.kill()      # if it hangs
     done = subprocess.CompletedProcess(process.args, process.returncode, said, errors)
     assert done.returncode == code, f"exit {done.returncode}, not {code}\n{said}\n{errors}"
     if code:

@@ -22,6 +22,7 @@ from conftest import ROOT, durable, environment, kill, progress, run, start, wai
 import checkpointing
 from checkpointing import Run, write_atomic
 
+thorough = pytest.mark.thorough
 JOB = "tests/counting_job.py"
 HEAD = f"""import json, os, signal, subprocess, sys, time
 sys.path.insert(0, {str(ROOT)!r})
@@ -406,7 +407,7 @@ if __name__ == "__main__":
         values = checkpointing.map(simulate, items, "out", every=10, workers=2)
     else:
         multiprocessing.set_start_method(method)
-        run = checkpointing.Run("out", total=300)
+        run = checkpointing.Run("out", total=300, stall_after=1, heartbeat=0.2)
         values = run.load([])
         with multiprocessing.Pool(2) as pool:
             for value in pool.imap(simulate, items[run.done:]):
@@ -416,24 +417,26 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.parametrize("method", [
-    "spawn", "map", pytest.param("forkserver", marks=pytest.mark.thorough)])
-def test_a_plain_pool_ends_at_ctrl_c_and_goes_on(tmp_path, method):
-    """The terminal sends it to all processes; nobody had to write an initializer. One that forks
-    is an example of the README."""
+@pytest.mark.parametrize("method, number", [
+    ("spawn", signal.SIGINT), ("map", signal.SIGINT), ("fork", signal.SIGHUP),
+    pytest.param("forkserver", signal.SIGINT, marks=thorough),
+    pytest.param("spawn", signal.SIGHUP, marks=thorough)])
+def test_a_plain_pool_ends_at_ctrl_c_or_with_its_terminal_and_goes_on(tmp_path, method, number):
+    """The terminal tells all processes; nobody had to write an initializer. Workers that die of
+    SIGHUP take their items along, and the pool would wait for them for ever."""
     path = program(tmp_path, POOL)
     process = begin(path, method, env=environment(PAUSE=0.02))
     wait_for(lambda: durable(tmp_path / "out"), "a checkpoint")
-    os.killpg(process.pid, signal.SIGINT)
+    os.killpg(process.pid, number)
     process.communicate(timeout=60)
-    assert process.returncode in (-2, 1, 130)
+    assert process.returncode in ((-2, 1, 130) if number == signal.SIGINT else (129,))
     assert progress(tmp_path / "out")["Status"] == "INTERRUPTED"
     with pytest.raises(ProcessLookupError):     # nobody of the group is left behind
         wait_for(lambda: os.killpg(process.pid, 0), "the end of the workers")
     assert finish(path, method).stdout == "True\n"
 
 
-@pytest.mark.parametrize("jobs, pools", [(2, 10), pytest.param(4, 40, marks=pytest.mark.thorough)])
+@pytest.mark.parametrize("jobs, pools", [(2, 10), pytest.param(4, 40, marks=thorough)])
 def test_pools_inside_a_run_end_each_time(tmp_path, jobs, pools):
     """Without the handlers given back to forked workers, terminate() hangs now and then."""
     path = program(tmp_path, f"""
@@ -746,7 +749,7 @@ def test_map_keeps_every_value_or_refuses(tmp_path):
 
 # -- 11. every Python
 
-@pytest.mark.thorough
+@thorough
 @pytest.mark.parametrize("version", {9, 10, 11, 12, 13, 14} - {sys.version_info[1]})
 def test_it_works_on_other_pythons(tmp_path, version):
     python = shutil.which(f"python3.{version}")
@@ -761,32 +764,3 @@ def test_it_works_on_other_pythons(tmp_path, version):
         assert finish(path, method, python=[python]).stdout == "True\n"
     for word in ("status", "verify"):
         subprocess.run([python, ROOT / "runs.py", word, tmp_path], check=True)
-
-
-HANGING_POOL = """
-import multiprocessing
-def simulate(i):
-    if i == 7 and not os.path.exists("hung"):
-        open("hung", "w").close()
-        time.sleep(1000)
-    return i * i
-if __name__ == "__main__":
-    run = checkpointing.Run("out", total=20, stall_after=1, heartbeat=0.2)
-    values = run.load([])
-    with multiprocessing.get_context(sys.argv[1]).Pool(2) as pool:
-        for i in run.steps(lambda: values):
-            values.append(pool.apply(simulate, (i,)))
-    assert values == [i * i for i in range(20)]
-"""
-
-
-@pytest.mark.parametrize("how", ["fork", "spawn"])
-def test_a_pool_whose_workers_died_of_the_same_signal_does_not_wait_for_ever(tmp_path, how):
-    """As of SIGHUP, which a terminal that closes sends to all of them."""
-    path = program(tmp_path, HANGING_POOL)
-    job = begin(path, how)
-    wait_for((tmp_path / "hung").exists, "the item that hangs")
-    os.killpg(job.pid, signal.SIGHUP)
-    assert job.wait(60) == 129
-    assert progress(tmp_path / "out")["Status"] == "INTERRUPTED"
-    finish(path, how)

@@ -230,6 +230,15 @@ TERM, AT_5 = "os.kill(os.getpid(), signal.SIGTERM)", "    if i == 5: "
 INT, HUP = TERM.replace("TERM", "INT"), TERM.replace("TERM", "HUP")
 STEP = "for i in run.steps(lambda: values):\n    values.append(i)\n"
 FORK = "\n        if os.fork() == 0: sys.exit(0)\n        os.wait()"
+THREAD = """import threading
+def other():
+    with checkpointing.Run("other", 3) as run:
+        for i in run.steps(): pass
+def in_a_thread():
+    thread = threading.Thread(target=other)
+    thread.start(), thread.join()
+    assert checkpointing.read_progress("other/PROGRESS.txt")["Status"] == "COMPLETE"
+"""
 TICK = """async def main():
     while run.done < run.total:
         values.append(run.done)
@@ -263,6 +272,7 @@ ENDINGS = {
     "SIGTERM, also to a program that a step started": (
         STEP + AT_5 + "subprocess.run(['sh', '-c', 'kill $PPID $$'], check=True)", 143,
         "INTERRUPTED"),
+    "another run in a thread": (THREAD + STEP + AT_5 + "in_a_thread()", 0, "COMPLETE"),
     "a child exits": (STEP + AT_5 + FORK, 0, "COMPLETE"),
     "tick, in asyncio": (TICK.format("pass"), 0, "COMPLETE"),
     "tick, in asyncio, SIGTERM": (TICK.format(f"if run.done == 5: {TERM}"), 143, "INTERRUPTED"),
@@ -508,13 +518,14 @@ class Walk:         # an environment with a generator of its own
 walk, values, rewards = Walk(), np.zeros((19, 2)), []
 run = checkpointing.Run("out", total=400, unit="episodes")
 walk, values, rewards = run.load((walk, values, rewards))
-for episode in run.steps(lambda: (walk, values, rewards)):
+while run.done < run.total:
     for _ in range(10):
         place, explores = walk.place + 9, random.random() < 0.1
         action = int(np.random.randint(2) if explores else values[place].argmax())
         rewards.append(walk.step(2 * action - 1))
         values[place, action] += 0.1 * (rewards[-1] - values[place, action])
     time.sleep(float(os.environ.get("PAUSE", 0)))
+    run.tick(run.done + 1, lambda: (walk, values, rewards))
 result = pickle.dumps((values.tobytes(), rewards, random.random(), np.random.random()))
 print(hashlib.sha256(result).hexdigest())
 """
@@ -600,7 +611,8 @@ with checkpointing.Run("out", 10**6, heartbeat=0.05) as run:
 
 def test_few_lines_go_to_stderr_and_an_output_that_fails_stops_nothing(tmp_path):
     path = program(tmp_path, """
-with checkpointing.Run(sys.argv[1], 5000, heartbeat=3600, quiet=sys.argv[1] == "quiet") as run:
+how = sys.argv[1]
+with checkpointing.Run(how, 100, every=10, heartbeat=3600, quiet=how == "quiet") as run:
     for i in run.steps(lambda: i): pass
 print("mine")
 """)

@@ -11,7 +11,6 @@ import re
 import shutil
 import signal
 import socket
-import struct
 import subprocess
 import sys
 import time
@@ -70,7 +69,7 @@ class Forked(subprocess.Popen):
                        startupinfo, creationflags, shell, *rest):
         p2cread, p2cwrite, c2pread, c2pwrite, errread, errwrite = rest[:6]
         request = {"argv": list(map(str, arguments[1:])), "cwd": str(cwd or os.getcwd()),
-                   "env": dict(os.environ if env is None else env), "session": self.session}
+                   "session": self.session}
         answers, answer = os.pipe()
         adopt_orphans(True)
         self.ask(request, [0 if p2cread < 0 else p2cread, 1 if c2pwrite < 0 else c2pwrite,
@@ -86,14 +85,12 @@ class Forked(subprocess.Popen):
     def ask(cls, request, descriptors):
         """The zygote is started when a test first asks, and ends with this process."""
         if cls.zygote is None:
-            cls.zygote, its = socket.socketpair()
+            cls.zygote, its = socket.socketpair(type=socket.SOCK_SEQPACKET)
             subprocess.Popen([sys.executable, ROOT / "tests" / "zygote.py", str(its.fileno())],
                              pass_fds=[its.fileno()], stdin=subprocess.DEVNULL, cwd=ROOT,
                              env=cls.environment)
             its.close()
-        text = json.dumps(request).encode()
-        socket.send_fds(cls.zygote, [struct.pack("I", len(text))], descriptors)
-        cls.zygote.sendall(text)
+        socket.send_fds(cls.zygote, [json.dumps(request).encode()], descriptors)
 
 
 LIBC = ctypes.CDLL(None)
@@ -129,7 +126,9 @@ def start(script, *arguments, real=None, **more):
     more = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, **more}
     if real is None:
         real = script not in WITH_TORCH
-    forks = not real and hasattr(LIBC, "prctl")
+    # Python and torch read the environment when they start: with another one it is a true process.
+    changed = more.get("env", os.environ).items() ^ Forked.environment.items()
+    forks = not real and hasattr(LIBC, "prctl") and dict(changed).keys() <= {"PYTEST_CURRENT_TEST"}
     return (Forked if forks else subprocess.Popen)(command(script, *arguments), **more)
 
 

@@ -2,8 +2,7 @@
 
 One process imports numpy, torch and the stages once, computes nothing (so it has no pools of
 threads that a fork would lose), and forks a job for each request on SOCKET, a descriptor. A request
-is four descriptors (stdin, stdout, stderr, and a pipe for the job's process number), the length of
-its JSON, and that JSON.
+is a message of JSON with four descriptors: stdin, stdout, stderr, and a pipe for the job's number.
 
 The end of this file is the job: it runs the stage as python would, as __main__, and ends as any
 program does, with its exceptions, its threads and its atexit. `conftest.Forked` is the other side.
@@ -16,18 +15,12 @@ import os
 import runpy
 import signal
 import socket
-import struct
 import sys
 import time
 import warnings
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-# Read when Python, its libraries or torch start: a job for which they differ is a true process.
-EARLY = ("PYTHON", "LD_", "LC_", "LANG", "OMP_", "GOMP_", "KMP_", "MKL_", "OPENBLAS_", "TORCH",
-         "PYTORCH_", "CUDA_", "CUBLAS_")
-
-
 ended = []
 
 
@@ -50,16 +43,13 @@ def import_stages():
 
 def receive(requests):
     """(request, descriptors) of the next request; ends the program when nobody can ask any more."""
-    head, descriptors, *_ = socket.recv_fds(requests, 4, 4)
-    if not head:
+    text, descriptors, *_ = socket.recv_fds(requests, 1 << 16, 4)
+    if not text:
         raise SystemExit(0)
-    (size,), text = struct.unpack("I", head), b""
-    while len(text) < size:
-        text += requests.recv(size - len(text))
     return json.loads(text), descriptors
 
 
-def serve(requests, added):
+def serve(requests):
     """Fork a job for each request; returns, in the job, what it was asked for."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)    # of the terminal: pytest decides what follows
     pid = 1
@@ -84,14 +74,7 @@ def serve(requests, added):
         os.close(descriptor)
     requests.close()
     os.chdir(request["cwd"])
-    environment, argv = added | request["env"], request["argv"]
-    if early(environment) != early(os.environ):
-        for number in signal.SIGPIPE, signal.SIGXFSZ:   # Python ignores them
-            signal.signal(number, signal.SIG_DFL)
-        os.execve(sys.executable, [sys.executable, *argv], request["env"])
-    os.environ.clear()
-    os.environ.update(environment)
-    return argv
+    return request["argv"]
 
 
 def orphan():
@@ -103,15 +86,9 @@ def orphan():
         time.sleep(0.001)
 
 
-def early(environment):
-    return {key: value for key, value in environment.items() if key.startswith(EARLY)}
-
-
-before = dict(os.environ)
 sys.path[0] = str(ROOT)
 import_stages()
-sys.argv = serve(socket.socket(fileno=int(sys.argv[1])),
-                 {key: value for key, value in os.environ.items() if before.get(key) != value})
+sys.argv = serve(socket.socket(fileno=int(sys.argv[1])))
 sys.orig_argv = [sys.executable, *sys.argv]
 sys.modules["numpy"].random.seed()      # or all jobs would draw the same numbers
 try:

@@ -571,11 +571,7 @@ while True:
         text = (tmp_path / "out" / "PROGRESS.txt").read_text()
         assert re.fullmatch("\n".join(formats), text), text
         seen.add(text)
-    line = progress(tmp_path / "out")["Command"]
     kill(process)
-    again = subprocess.Popen(["sh", "-c", "exec " + line], cwd=tmp_path, stderr=subprocess.DEVNULL)
-    wait_for(lambda: progress(tmp_path / "out")["PID"] == str(again.pid), "the work to go on")
-    kill(again)
 
 
 def test_a_hang_shows_as_stalled_though_the_heartbeat_goes_on(tmp_path):

@@ -180,10 +180,11 @@ def test_a_directory_of_the_library_before_goes_on_and_its_time_is_added_up(tmp_
     squares = [i * i for i in range(30)]
     (tmp_path / "checkpoint_00020.json").write_text(json.dumps(squares[:20]))
     (tmp_path / "checkpoints.jsonl").write_text(    # the line as it was
-        '{"name": "checkpoint_00020.json", "start": 20, "stop": 20, "elapsed": 5000.5, '
+        '{"name": "checkpoint_00020.json", "start": 20, "stop": 20, "elapsed": 0.0, '
         '"bytes": 86, "sha256": '
-        '"b5398a93bfd49c31305a31f69e759db2223f7fec9f57aba651ee73d3dacd42ae", "seal": 1918671701}\n')
+        '"b5398a93bfd49c31305a31f69e759db2223f7fec9f57aba651ee73d3dacd42ae", "seal": 167194651}\n')
     (tmp_path / "run.json").write_text('{\n "run": "0699d9",\n "settings": {}\n}\n')
+    (tmp_path / "PROGRESS.txt").write_text("Job\nStatus: RUNNING\nElapsed: 5000 s\n")
     run(JOB, tmp_path, 30, env=environment(PAUSE=0.05))
     assert json.loads((tmp_path / "checkpoint_00030.json").read_bytes()) == squares
     shown = progress(tmp_path)

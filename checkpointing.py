@@ -1141,8 +1141,6 @@ class DirectoryLock:
     Raises CheckpointError, with exit code IN_USE and the holder's name if another one lives.
     """
 
-    living = set()
-
     def __init__(self, directory, patience=10):     # tenths of a second: somebody may be looking
         self.path = Path(directory) / ".lock"
         try:
@@ -1167,7 +1165,6 @@ class DirectoryLock:
                 raise CheckpointError(f"{directory} is in use by {holder or 'another process'}. "
                                       "Nothing was changed; wait for it or stop it (runs.py stop "
                                       f"{directory})", IN_USE) from None
-        self.living.add(self)
         text = f"PID {os.getpid()} on host {socket.gethostname()} since {utc(time.time())}\n"
         with contextlib.suppress(OSError):      # a full disk: the lock holds all the same
             os.ftruncate(self.file, 0)
@@ -1180,7 +1177,6 @@ class DirectoryLock:
         return False
 
     def close(self):
-        self.living.discard(self)
         with contextlib.suppress(OSError):
             os.close(self.file)
 
@@ -1198,11 +1194,9 @@ class _Endings:
         self.number, self.at = None, 0.0    # the signal that asks
         self.patient = True                 # it waits for the step at work
         self.mask = threading.local()       # what was blocked before a fork, by thread
-        self.minds_forks = False
 
     def watch(self, run):
-        if not self.minds_forks:
-            self.minds_forks = True
+        if self.hook is None:               # the first run of this process
             os.register_at_fork(before=self.before_fork, after_in_parent=self.after_fork,
                                 after_in_child=self.in_child)
         if not self.runs:
@@ -1220,19 +1214,19 @@ class _Endings:
 
     def unwatch(self, run):
         self.runs = [other for other in self.runs if other is not run]
-        self.put_back({number for other in self.runs for number in other.signals})
-        if not self.runs:
-            self.number, self.patient = None, True
+        self.put_back()
 
-    def put_back(self, wanted=()):
-        """What was changed in the process, but for signals that are still `wanted`, unless somebody
-        has changed it again."""
+    def put_back(self):
+        """What was changed in the process and is not needed by a run that is still open, unless
+        somebody has changed it again."""
+        wanted = {number for run in self.runs for number in run.signals}
         with contextlib.suppress(ValueError):   # left in another thread than it was entered in
             for number in self.before.keys() - wanted:
                 handler = self.before.pop(number)
                 if signal.getsignal(number) == self.ask:
                     signal.signal(number, handler or signal.SIG_DFL)
         if not self.runs:
+            self.number, self.patient = None, True
             atexit.unregister(self.ended)
             if sys.excepthook == self.failed:
                 sys.excepthook = self.hook
@@ -1290,11 +1284,11 @@ class _Endings:
         signal.pthread_sigmask(signal.SIG_SETMASK, self.mask.old)
 
     def in_child(self):
-        for lock in list(DirectoryLock.living):     # or it would outlive us in a child
-            lock.close()
-        self.number, self.runs, working = None, [], bool(self.runs)
-        if working:
-            self.put_back()
+        for run in self.runs:
+            if run._lock:       # it would outlive us in a child
+                run._lock.close()
+        self.runs = []
+        self.put_back()
         self.after_fork()
 
 

@@ -109,7 +109,7 @@ class Run:
         self.newest, self.fields = None, {}     # newest checkpoint's name; the job's own lines
         self.begun = self.busy = self.leaving = False   # busy: a signal waits for the work
         self._only_tells = False            # tick() had nothing to save
-        self._lock, self._process, self._block = None, None, False
+        self._lock = self._process = None
 
     stopping = property(lambda self: _endings.number, doc="the signal that asked to stop, or None")
 
@@ -389,85 +389,78 @@ class Run:
     # -- its end
 
     def __enter__(self):
-        self._block = True
         try:
-            with one_line_errors():
-                self._open()
-        except SystemExit:
-            _endings.unwatch(self)
+            self._open()
+        except BaseException as error:
+            self.__exit__(type(error), error, None)
             raise
         return self
 
     def __exit__(self, kind, error, trace):
-        code, words = self._end(kind, error)
+        code, words = self._end(error, in_block=True)
         if code is not None:
             complain(words)
             raise SystemExit(code) from None
 
-    def _end(self, kind, error):
+    def _end(self, error, in_block=False):
         """The last word on the run, by how the block or the program was left. Returns the exit
         code that the program must end with (None: leave that alone), and what to complain of."""
         if self._process != os.getpid():
             return None, None       # a forked child leaves its copy of the block
         if self._lock is None:      # it could not be opened
             _endings.unwatch(self)
-            known = kind is not None and issubclass(kind, CheckpointError)
-            return (error.exit_code, str(error)) if known else (None, None)
+            return (error.exit_code, error) if isinstance(error, CheckpointError) else (None, None)
         self.leaving = True     # from here on a signal must not break off the last word
         _endings.catch(ALL_SIGNALS)
         try:
-            if kind is None:
+            # Left early, the state may be half a step ahead of its number: nothing is saved.
+            last = error is None and (
+                self._finishing or in_block and self.total is None and self._step is None)
+            if last:
                 try:
                     self._save_the_rest()
                 except CheckpointError as trouble:
-                    kind, error = CheckpointError, trouble
-            status, words, code = self._verdict(kind, error)
+                    error = trouble
+            status, words, code = self._verdict(error, last or self.complete)
             if status == "COMPLETE":
                 self.total = self.done if self.total is None else self.total
-            before = self.progress.before
-            news = (before.get("Status"), before.get("Progress")) != (
-                status, self.progress.counts())     # killed between the last save and the end
+            news = self.progress.before.get("Status") != status     # killed behind the last save
             if self.begun or status == "COMPLETE" and news or (
                     status == "FAILED" and code != WRONG_SETTINGS):
                 self.progress.end(status, words)
-            self._say_the_end(status, code, kind, error)
-            if kind is None and _endings.number:    # it may have come during the last word
+            self._say_the_end(status, code, error)
+            if error is None and _endings.number:   # it may have come during the last word
                 code = 128 + _endings.number
         finally:
-            self.leaving = self.busy = self._block = False
+            self.leaving = self.busy = False
             self._lock = self._lock.close()
             _endings.unwatch(self)
         return code, words
 
-    def _verdict(self, kind, error):
+    def _verdict(self, error, over):
         """(status, the line Error, exit code or None): the one place where these are decided."""
         number = _endings.number
-        over = self.complete or self._finishing or self._ends_with_block()
-        if kind is None:
-            return "COMPLETE" if over and not number else "INTERRUPTED", None, None
-        if issubclass(kind, CheckpointError):
+        if isinstance(error, CheckpointError):
             return "FAILED", str(error), error.exit_code
-        if issubclass(kind, SystemExit):
-            if not error.code and not number:   # sys.exit() ends a program normally
-                return "COMPLETE" if self.complete else "INTERRUPTED", None, None
+        if error is None or isinstance(error, SystemExit) and not error.code:   # also sys.exit()
+            return "COMPLETE" if over and not number else "INTERRUPTED", None, None
+        if isinstance(error, SystemExit):
             if number or error.code in [128 + one for one in ALL_SIGNALS]:
                 return "INTERRUPTED", None, None
-        elif number or issubclass(kind, (KeyboardInterrupt, GeneratorExit)):
+        elif number or isinstance(error, (KeyboardInterrupt, GeneratorExit)):
             # also a program that the job started and that died of the same signal
             if number is None and signal.SIGINT in self.signals:
                 number = signal.SIGINT
             return "INTERRUPTED", None, number and 128 + number
-        elif issubclass(kind, MemoryError):
+        elif isinstance(error, MemoryError):
             return "FAILED", f"not enough memory {error}".rstrip(), FAILED
-        return "FAILED", f"{kind.__name__}: {error}", None
+        return "FAILED", f"{type(error).__name__}: {error}", None
 
     def _save_the_rest(self):
         """At a normal end that finish(), or a block with no total, makes the last."""
-        if not self._finishing and not self._ends_with_block():
-            return      # left early: the state may be half a step ahead of its number
         if self._step is not None:  # finish() and then break
             self.done = self._step + 1
-        if self._content and self.done > self.durable and self.begun:
+        if self._content and self.done > self.durable:
             self.save(self.done, self._content[0], write=self._content[1])
         newest = self._records.get(self.newest)
         if self._finishing and newest and not newest.get("complete"):
@@ -475,17 +468,13 @@ class Run:
             newest["complete"], self.total = True, self.durable
             append_record(self.out, newest)
 
-    def _ends_with_block(self):
-        """Is the normal end of the block that of the work?"""
-        return self.total is None and self._block and self._step is None
-
-    def _say_the_end(self, status, code, kind, error):
+    def _say_the_end(self, status, code, error):
         if status == "COMPLETE":
             self.log(f"complete: {self.out} has all {self.total} {self.unit}")
         elif (self.begun or code) and status == "INTERRUPTED" or status == "FAILED" and not code:
             reason = [signal.Signals(_endings.number).name] if _endings.number else []
-            if kind and not issubclass(kind, SystemExit):
-                reason.append(f"{kind.__name__} {one_line(error)[:200]}".rstrip())
+            if error is not None and not isinstance(error, SystemExit):
+                reason.append(f"{type(error).__name__} {one_line(error)[:200]}".rstrip())
             self.log(f"stopped ({', '.join(reason) or 'left before the end'}): {self.durable} "
                      f"{self.unit} are saved; run the same command again to go on")
 
@@ -1252,7 +1241,7 @@ class _Endings:
 
     def failed(self, kind, error, trace):
         """sys.excepthook: an exception ends the program."""
-        hook, (code, words) = self.hook, self.end_all(kind, error)
+        hook, (code, words) = self.hook, self.end_all(error)
         if code is None:
             return hook(kind, error, trace)
         complain(words)
@@ -1261,7 +1250,7 @@ class _Endings:
     def ended(self):
         """At exit: without an exception, or where another sys.excepthook has told it."""
         error = None if hasattr(sys, "ps1") else getattr(sys, "last_value", None)
-        code, words = self.end_all(type(error) if error else None, error)
+        code, words = self.end_all(error)
         if code is not None:    # a signal in the last moment, or a last save that failed: at exit
             complain(words)     # there is no other way to say so
             for stream in (sys.stdout, sys.stderr):
@@ -1269,8 +1258,8 @@ class _Endings:
                     stream.flush()
             os._exit(code)
 
-    def end_all(self, kind, error):
-        ends = [run._end(kind, error) for run in reversed(self.runs)]
+    def end_all(self, error):
+        ends = [run._end(error) for run in reversed(self.runs)]
         return next((end for end in ends if end[0] is not None), (None, None))
 
     # A forked child gets the handlers back that were there before, so that Pool.terminate() ends

@@ -108,16 +108,14 @@ class Run:
         self.done = self.durable = 0        # units worked on, now or before; that survive a kill
         self.newest, self.fields = None, {}     # newest checkpoint's name; the job's own lines
         self.begun = self.busy = self.leaving = False   # busy: a signal waits for the work
-        self._only_tells = False            # tick() had nothing to save
         self._lock = self._process = None
 
     stopping = property(lambda self: _endings.number, doc="the signal that asked to stop, or None")
 
     @property
     def complete(self):
-        """Is all that was asked for done and saved (or only told, by a job that saves nothing)?"""
-        done = self.done if self._only_tells else self.durable
-        return self.total is not None and done >= self.total
+        """Is all that was asked for done and saved?"""
+        return self.total is not None and self.durable >= self.total
 
     # -- 1. the state is one object
 
@@ -156,17 +154,16 @@ class Run:
             self._begin()
             if self._random:    # what came between load() and here may have drawn some
                 set_random_states(self._random)
-        self._content = get or (lambda: None), write
+        get = get or (lambda: None)
+        self._content = get, write
         try:
             while not (self.complete or self._finishing):
-                self.leave_if_asked()
                 self.busy, self._step = True, self.done
                 yield self.done
                 self._step = None
-                self._tick(self.done + 1, *self._content)
+                self.tick(self.done + 1, get, write=write)
         finally:
             self.busy = False
-        self.leave_if_asked()
 
     # -- 2. a long list of results, piece by piece
 
@@ -180,16 +177,15 @@ class Run:
             for start, stop in self.gaps:
                 while start < stop and not (self.complete or self._finishing):
                     self._begin()
-                    self.leave_if_asked()
                     self.busy = True
                     piece = Piece(self, start, min(stop, start - start % every + every))
                     yield piece
                     if not start < piece.saved == piece.done:
                         raise RuntimeError(f"piece {start}: iterate over it, then call its save()")
                     start = piece.done
+                    self.leave_if_asked()
         finally:
             self.busy = False
-        self.leave_if_asked()
 
     def _gaps(self):
         """(first, last + 1) of the stretches that are still to be done."""
@@ -212,21 +208,17 @@ class Run:
 
         get, write: as in steps(); without them it only tells the progress. fields: see update().
         """
-        self._open()
+        self._begin()
         if get or write:
             self._content = get, write
-        self._only_tells = self._content is None
-        self._tick(int(done), get, write, fields)
-        if self._only_tells and _endings.number is not None:   # there is nothing to wait for
-            raise SystemExit(128 + _endings.number)
-        self.leave_if_asked()
-
-    def _tick(self, done, get, write, fields={}):
+        elif not (self._content or self.newest):
+            self.durable = int(done)    # a job that saves nothing has nothing to wait for
         self.update(done, **fields)
         if (get or write) and done > self.durable and (
                 self.due() or self.total is not None and done >= self.total
                 or self.every and done // self.every > self.durable // self.every):
             self.save(done, get, write=write)
+        self.leave_if_asked()
 
     def update(self, done, **fields):
         """The work has moved: `done` units so far. No I/O, less than a microsecond: call it often.
@@ -234,8 +226,7 @@ class Run:
         fields become lines of their own in PROGRESS.txt: update(7, Epoch="3/10"). ValueError if one
         has the name of a line that is there already, such as PID.
         """
-        if not self.begun:
-            self._begin()
+        self._begin()
         now = time.monotonic()
         if now - self.moved > self.longest_wait:
             self.longest_wait = now - self.moved
@@ -336,9 +327,9 @@ class Run:
 
     def _begin(self):
         """There is work to do: from here on files change."""
-        self._open()
         if self.begun:
             return
+        self._open()
         if not self._looked and self._look():
             raise CheckpointError(f"{self.out} holds checkpoints: the job must call load() (or "
                                   "pieces()) to go on from them")
@@ -475,8 +466,9 @@ class Run:
             reason = [signal.Signals(_endings.number).name] if _endings.number else []
             if error is not None and not isinstance(error, SystemExit):
                 reason.append(f"{type(error).__name__} {one_line(error)[:200]}".rstrip())
-            self.log(f"stopped ({', '.join(reason) or 'left before the end'}): {self.durable} "
-                     f"{self.unit} are saved; run the same command again to go on")
+            saved = self.durable if self.newest else 0
+            self.log(f"stopped ({', '.join(reason) or 'left before the end'}): {saved} {self.unit} "
+                     "are saved; run the same command again to go on")
 
 
 class Piece:

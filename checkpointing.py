@@ -817,8 +817,8 @@ def add_checkpoint(directory, records, content, record, read=None):
     first whether a restart could load it."""
     path = directory / record["name"]
     if os.path.lexists(path):
-        if record["name"] in records:   # broken off in its save, by a handler of the job's own:
-            path.unlink()               # nobody was told that it is saved
+        if record["name"] in records:   # its save was broken off behind the rename: nobody was
+            path.unlink()               # told that it is saved
         else:
             set_aside(path, f"it has no line in {RECORDS}")
 
@@ -835,11 +835,7 @@ def add_checkpoint(directory, records, content, record, read=None):
         append_record(directory, record)
         records.pop(record["name"], None)
         records[record["name"]] = record
-    try:
-        write_atomic(path, content, before_commit=vouch)
-    except BaseException:   # such as the directory's fsync, after the rename: it may be tried again
-        path.unlink(missing_ok=True)
-        raise
+    write_atomic(path, content, before_commit=vouch)
 
 
 def good_checkpoints(directory, records, newest_only):

@@ -1118,30 +1118,25 @@ class DirectoryLock:
     Raises CheckpointError, with exit code IN_USE and the holder's name if another one lives.
     """
 
-    def __init__(self, directory, patience=10):     # tenths of a second: somebody may be looking
+    def __init__(self, directory):
         self.path = Path(directory) / ".lock"
         try:
             self.file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-        except OSError as error:
-            raise CheckpointError(f"{self.path}: cannot write here ({error.strerror}). Nothing was "
-                                  "changed; mend that or use another directory") from error
-        while True:
-            try:
-                fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except OSError as error:
-                if isinstance(error, BlockingIOError) and patience:
-                    patience -= 1
-                    time.sleep(0.1)
-                    continue
+            for _ in range(10):     # a second: somebody may be looking
+                with contextlib.suppress(BlockingIOError):
+                    fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                time.sleep(0.1)
+            else:
                 holder = os.pread(self.file, 500, 0).decode(errors="replace").strip()
                 os.close(self.file)
-                if not isinstance(error, BlockingIOError):
-                    raise CheckpointError(f"{self.path}: this file system cannot lock "
-                                          f"({error.strerror}); use a local one") from None
                 raise CheckpointError(f"{directory} is in use by {holder or 'another process'}. "
                                       "Nothing was changed; wait for it or stop it (runs.py stop "
-                                      f"{directory})", IN_USE) from None
+                                      f"{directory})", IN_USE)
+        except OSError as error:
+            raise CheckpointError(f"{self.path}: cannot be made and locked ({error.strerror}). "
+                                  "Nothing was changed; mend that or use another directory, on a "
+                                  "local file system") from error
         text = f"PID {os.getpid()} on host {socket.gethostname()} since {utc(time.time())}\n"
         with contextlib.suppress(OSError):      # a full disk: the lock holds all the same
             os.ftruncate(self.file, 0)

@@ -242,10 +242,9 @@ class Run:
         less than 1 % of the time; after max_minutes; when asked to stop or to finish."""
         if self.late() or self._cost is None:
             return True
-        now = time.monotonic()
-        worked = now - self.progress.began
+        worked, since = self.progress.worked(), time.monotonic() - self._saved_at
         # the thousandth keeps checkpoints.jsonl short: ten thousand lines a day, not a million
-        return self._spent + self._cost < worked / 100 and now - self._saved_at > worked / 1000
+        return self._spent + self._cost < worked / 100 and since > worked / 1000
 
     def late(self):
         """Is it max_minutes since the last save, or were we asked to stop or to finish?"""
@@ -366,8 +365,7 @@ class Run:
             raise RuntimeError("this run has ended")
         self._check()
         name = f"checkpoint_{start:05d}{suffix}"
-        record = {"name": name, "start": start, "stop": stop,
-                  "elapsed": round(self.progress.elapsed(), 1)}
+        record = {"name": name, "start": start, "stop": stop}
         if self._finishing:
             record["complete"] = True
         add_checkpoint(self.out, self._records, content, record, read)
@@ -751,9 +749,9 @@ def os_error_behind(error):
 
 # ------------------------------------------------------------------------------------------------
 # Checkpoints: the records are the index. checkpoints.jsonl holds a line a checkpoint, durable
-# before the checkpoint has its name: {"name", "start", "stop", "bytes", "sha256", "elapsed",
-# "seal"}; for a state, start = stop; "complete" is true if finish() ended the work there. The last
-# line of a name counts; a checkpoint without a line is not ours.
+# before the checkpoint has its name: {"name", "start", "stop", "bytes", "sha256", "seal"};
+# for a state, start = stop; "complete" is true if finish() ended the work there. The last line of a
+# name counts; a checkpoint without a line is not ours.
 
 RECORDS = "checkpoints.jsonl"
 RECORD = {"name", "start", "stop", "bytes", "sha256"}
@@ -967,8 +965,7 @@ class Progress:
         self._writing, self._wake, self._said = threading.Lock(), threading.Event(), -1e9
         self.command = shlex.join(getattr(sys, "orig_argv", [sys.executable, *sys.argv]))
         seconds = re.match(r"\d{1,12}", self.before.get("Elapsed", ""))
-        times = [record.get("elapsed", 0) for record in run._records.values()]
-        self.elapsed_before = max([int(seconds[0]) if seconds else 0, *times])
+        self.elapsed_before = int(seconds[0]) if seconds else 0
         run.fields = {key: text for key, text in self.before.items() if key not in self.OURS}
 
     def begin(self):
@@ -998,9 +995,9 @@ class Progress:
             self._said = time.monotonic()
             self.run.log(f"{self.run.newest}  {self.summary()}")
 
-    def elapsed(self):
-        """Seconds worked, over all starts."""
-        return self.elapsed_before + (time.monotonic() - self.began if self.began else 0)
+    def worked(self):
+        """Seconds of this start."""
+        return time.monotonic() - self.began if self.began else 0.0
 
     def counts(self):
         """'12000/30000 samples (40.0%)'. 100% only once the last piece is durable."""
@@ -1014,8 +1011,8 @@ class Progress:
 
     def pace(self):
         """(rate in words, seconds left or None), by the work of this start."""
-        worked = time.monotonic() - self.began if self.began else 0
-        rate = (self.run.done - self.done_before) / worked if worked > 0 else 0.0
+        worked = self.worked()
+        rate = (self.run.done - self.done_before) / worked if worked else 0.0
         eta = None
         if self.run.complete:
             eta = 0
@@ -1036,7 +1033,7 @@ class Progress:
             "Status": status, **({"Error": error} if error else {}),
             "Progress": self.counts(),
             "Checkpoint": f"{run.durable} ({run.newest})" if run.newest else "none",
-            "Elapsed": f"{int(self.elapsed())} s",
+            "Elapsed": f"{int(self.elapsed_before + self.worked())} s",
             "Rate": rate,
             "ETA": f"{eta:.0f} s ({utc(wall + eta)})" if sure else "unknown",
             "Last update": utc(wall),

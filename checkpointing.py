@@ -962,7 +962,7 @@ class Progress:
         self.before = read_progress(self.path)
         self.began = self.end_expected = self._thread = None
         self.done_before, self._warned = 0, False
-        self._writing, self._wake, self._said = threading.Lock(), threading.Event(), -1e9
+        self._wake, self._said = threading.Event(), -1e9
         self.command = shlex.join(getattr(sys, "orig_argv", [sys.executable, *sys.argv]))
         seconds = re.match(r"\d{1,12}", self.before.get("Elapsed", ""))
         self.elapsed_before = int(seconds[0]) if seconds else 0
@@ -993,7 +993,9 @@ class Progress:
         state = self.run._content is not None
         if not state or self.run.complete or time.monotonic() - self._said >= self.run.heartbeat:
             self._said = time.monotonic()
-            self.run.log(f"{self.run.newest}  {self.summary()}")
+            rate, eta = self.pace()
+            left = "unknown" if eta is None else duration(eta)
+            self.run.log(f"{self.run.newest}  {self.counts()}  {rate}  ETA {left}")
 
     def worked(self):
         """Seconds of this start."""
@@ -1022,10 +1024,6 @@ class Progress:
             eta = max(0, self.run.total - self.run.done) / rate
         return f"{rate:.{1 if rate >= 1 or not rate else 4}f} {self.run.unit}/s", eta
 
-    def summary(self):
-        rate, eta = self.pace()
-        return f"{self.counts()}  {rate}  ETA {'unknown' if eta is None else duration(eta)}"
-
     def write(self, status, error=None):
         run, wall, (rate, eta) = self.run, time.time(), self.pace()
         sure = status not in ("INTERRUPTED", "FAILED") and eta is not None and eta < 3e9
@@ -1045,10 +1043,8 @@ class Progress:
             "Command": self.command, **run.fields}
         text = [f"{one_line(key)}: {one_line(value)}\n" for key, value in lines.items()]
         try:
-            with self._writing:
-                if run._lock.ours():    # else it was moved: what is there now is a successor's
-                    write_atomic(self.path, "".join([one_line(run.title) + "\n", *text]),
-                                 durable=False)
+            if run._lock.ours():    # else it was moved: what is there now is a successor's
+                write_atomic(self.path, "".join([one_line(run.title) + "\n", *text]), durable=False)
         except CheckpointError as trouble:
             if not self._warned:
                 self._warned = True

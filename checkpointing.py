@@ -1157,7 +1157,6 @@ class _Endings:
         self.runs, self.before = [], {}     # that are open; the handlers that were there before
         self.hook = None                    # the sys.excepthook that was there before
         self.number, self.at = None, 0.0    # the signal that asks
-        self.patient = True                 # it waits for the step at work
         self.mask = threading.local()       # what was blocked before a fork, by thread
 
     def watch(self, run):
@@ -1191,7 +1190,7 @@ class _Endings:
                 if signal.getsignal(number) == self.ask:
                     signal.signal(number, handler or signal.SIG_DFL)
         if not self.runs:
-            self.number, self.patient = None, True
+            self.number = None
             atexit.unregister(self.ended)
             if sys.excepthook == self.failed:
                 sys.excepthook = self.hook
@@ -1203,7 +1202,7 @@ class _Endings:
             self.number, self.at = number, now
         if any(run.leaving for run in self.runs):
             return
-        if not (self.patient and any(run.busy for run in self.runs)):
+        if not any(run.busy for run in self.runs):
             raise SystemExit(128 + number)      # nothing is at work that could be saved
         # `timeout -s INT` sends two at once
         if not first and number == signal.SIGINT and now - self.at > 0.3:
@@ -1212,7 +1211,8 @@ class _Endings:
     def hurry(self):
         """The step at work stalls, such as a pool's, which waits for ever for workers that the same
         signal has killed: leave it."""
-        self.patient = False
+        for run in self.runs:
+            run.busy = False
         signal.pthread_kill(threading.main_thread().ident, self.number)
 
     def failed(self, kind, error, trace):

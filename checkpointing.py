@@ -687,14 +687,10 @@ def write_atomic(path, content, before_commit=None, durable=True):
 
 def open_temp(path):
     short = os.fsdecode(os.fsencode(path.name)[:200])
-    while True:
-        name = path.parent / f".{short}.{os.getpid()}-{os.urandom(4).hex()}.tmp"
-        file = open(name, "x+b")
-        with contextlib.suppress(OSError):      # the mark of a living writer: see sweep()
-            fcntl.flock(file, fcntl.LOCK_EX)
-        if os.fstat(file.fileno()).st_nlink:    # else a sweeper came before the lock
-            return file
-        file.close()
+    file = open(path.parent / f".{short}.{os.getpid()}-{os.urandom(4).hex()}.tmp", "x+b")
+    with contextlib.suppress(OSError):      # the mark of a living writer: see sweep()
+        fcntl.flock(file, fcntl.LOCK_EX)
+    return file
 
 
 def sync_file(file, flush_drive):

@@ -417,7 +417,7 @@ class Run:
             if self.begun or status == "COMPLETE" and news or (
                     status == "FAILED" and code != WRONG_SETTINGS):
                 self.progress.end(status, words)
-            self._say_the_end(status, code, error)
+            self._say_the_end(status, code)
             if error is None and _endings.number:   # it may have come during the last word
                 code = 128 + _endings.number
         finally:
@@ -457,16 +457,14 @@ class Run:
             newest["complete"], self.total = True, self.durable
             append_record(self.out, newest)
 
-    def _say_the_end(self, status, code, error):
+    def _say_the_end(self, status, code):
         if status == "COMPLETE":
             self.log(f"complete: {self.out} has all {self.total} {self.unit}")
         elif (self.begun or code) and status == "INTERRUPTED" or status == "FAILED" and not code:
-            reason = [signal.Signals(_endings.number).name] if _endings.number else []
-            if error is not None and not isinstance(error, SystemExit):
-                reason.append(f"{type(error).__name__} {one_line(error)[:200]}".rstrip())
-            saved = self.durable if self.newest else 0
-            self.log(f"stopped ({', '.join(reason) or 'left before the end'}): {saved} {self.unit} "
-                     "are saved; run the same command again to go on")
+            number, saved = _endings.number, self.durable if self.newest else 0
+            why = signal.Signals(number).name if number else "before the end"
+            self.log(f"stopped ({why}): {saved} {self.unit} are saved; run the same command again to "
+                     "go on")
 
 
 class Piece:

@@ -1000,10 +1000,9 @@ class Progress:
         run = self.run
         if run.total is None:
             return f"{run.done} {run.unit}"
-        if run.complete:
-            return f"{run.total}/{run.total} {run.unit} (100%)"
-        tenths = min(999, 1000 * run.done // run.total)
-        return f"{run.done}/{run.total} {run.unit} ({tenths / 10:.1f}%)"
+        done = min(run.done, run.total)
+        part = "100" if run.complete else f"{min(999, 1000 * done // run.total) / 10:.1f}"
+        return f"{done}/{run.total} {run.unit} ({part}%)"
 
     def pace(self):
         """(rate in words, seconds left or None), by the work of this start."""

@@ -431,17 +431,13 @@ class Run:
         number = _endings.number
         if isinstance(error, CheckpointError):
             return "FAILED", str(error), error.exit_code
+        if number:  # also where a program that the job started has died of the same signal
+            return "INTERRUPTED", None, 128 + number
         if error is None or isinstance(error, SystemExit) and not error.code:   # also sys.exit()
-            return "COMPLETE" if over and not number else "INTERRUPTED", None, None
-        if isinstance(error, SystemExit):
-            if number or error.code in [128 + one for one in ALL_SIGNALS]:
-                return "INTERRUPTED", None, None
-        elif number or isinstance(error, (KeyboardInterrupt, GeneratorExit)):
-            # also a program that the job started and that died of the same signal
-            if number is None and signal.SIGINT in self.signals:
-                number = signal.SIGINT
-            return "INTERRUPTED", None, number and 128 + number
-        elif isinstance(error, MemoryError):
+            return "COMPLETE" if over else "INTERRUPTED", None, None
+        if isinstance(error, (KeyboardInterrupt, GeneratorExit)):
+            return "INTERRUPTED", None, None
+        if isinstance(error, MemoryError):
             return "FAILED", f"not enough memory {error}".rstrip(), FAILED
         return "FAILED", f"{type(error).__name__}: {error}", None
 

@@ -53,7 +53,8 @@ SABOTAGE = {
         '    self.write("RUNNING")\n        state =',
         '    self.write("COMPLETE" if self.run.complete else "RUNNING")\n        state =',
         ["kill"]),
-    "COMPLETE in spite of a signal": ("if over and not number else", "if over else", ["signals"]),
+    "COMPLETE in spite of a signal": (
+        "        if number:  # also", "        if number and error:  # also", ["signals"]),
 }
 
 

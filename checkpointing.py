@@ -108,7 +108,7 @@ class Run:
         self.done = self.durable = 0        # units worked on, now or before; that survive a kill
         self.newest, self.fields = None, {}     # newest checkpoint's name; the job's own lines
         self.begun = self.busy = self.leaving = False   # busy: a signal waits for the work
-        self._lock = self._process = None
+        self._lock = None
 
     stopping = property(lambda self: _endings.number, doc="the signal that asked to stop, or None")
 
@@ -299,7 +299,6 @@ class Run:
         """Take the lock and read what is there, once; the gate of everything else."""
         if self._lock is not None:
             return self._check()
-        self._process = os.getpid()
         _endings.watch(self)
         try:
             self.out.mkdir(parents=True, exist_ok=True)
@@ -356,13 +355,12 @@ class Run:
 
     def _check(self):
         if not self._lock.ours():
-            raise CheckpointError(f"{self.out} was moved or replaced while this run worked in it, "
-                                  "or this is a forked child of it, which cannot save. Nothing was "
-                                  "saved; move the old one back")
+            raise CheckpointError(f"{self.out} was moved or replaced while this run worked in it. "
+                                  "Nothing was saved; move the old one back")
 
     def _store(self, start, stop, durable, suffix, content, read=None):
         if self._lock is None:
-            raise RuntimeError("this run has ended")
+            raise RuntimeError("this run has ended, or it is its parent's in a forked child")
         self._check()
         name = f"checkpoint_{start:05d}{suffix}"
         record = {"name": name, "start": start, "stop": stop}
@@ -394,9 +392,7 @@ class Run:
     def _end(self, error, in_block=False):
         """The last word on the run, by how the block or the program was left. Returns the exit
         code that the program must end with (None: leave that alone), and what to complain of."""
-        if self._process != os.getpid():
-            return None, None       # a forked child leaves its copy of the block
-        if self._lock is None:      # it could not be opened
+        if self._lock is None:      # it could not be opened, or this is a forked child's copy
             _endings.unwatch(self)
             return (error.exit_code, error) if isinstance(error, CheckpointError) else (None, None)
         self.leaving = True     # from here on a signal must not break off the last word
@@ -1240,7 +1236,7 @@ class _Endings:
     def in_child(self):
         for run in self.runs:
             if run._lock:       # it would outlive us in a child
-                run._lock.close()
+                run._lock = run._lock.close()
         self.runs = []
         self.put_back()
         self.after_fork()

@@ -740,7 +740,6 @@ def os_error_behind(error):
 # name counts; a checkpoint without a line is not ours.
 
 RECORDS = "checkpoints.jsonl"
-RECORD = {"name", "start", "stop", "bytes", "sha256"}
 CHECKPOINT_NAME = re.compile(r"checkpoint_\d+(\.[A-Za-z0-9_-]+)+(?<!\.tmp)(?<!\.corrupt)")
 
 
@@ -771,7 +770,7 @@ def read_records(directory):
     for line in lines:
         with contextlib.suppress(ValueError, TypeError, KeyError, AttributeError):
             record = json.loads(line)
-            if record.pop("seal") == crc_of(record) and record.keys() >= RECORD:
+            if record.pop("seal") == crc_of(record):
                 records[record["name"]] = record
     return {record["name"]: record for record in sorted(records.values(), key=lambda r: r["start"])}
 

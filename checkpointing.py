@@ -455,8 +455,8 @@ class Run:
         elif (self.begun or code) and status == "INTERRUPTED" or status == "FAILED" and not code:
             number, saved = _endings.number, self.durable if self.newest else 0
             why = signal.Signals(number).name if number else "before the end"
-            self.log(f"stopped ({why}): {saved} {self.unit} are saved; run the same command again to "
-                     "go on")
+            self.log(f"stopped ({why}): {saved} {self.unit} are saved; run the same command again "
+                     "to go on")
 
 
 class Piece:

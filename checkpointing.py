@@ -413,7 +413,7 @@ class Run:
             if self.begun or status == "COMPLETE" and news or (
                     status == "FAILED" and code != WRONG_SETTINGS):
                 self.progress.end(status, words)
-            self._say_the_end(status, code)
+            self._say_the_end(status, code, error)
             if error is None and _endings.number:   # it may have come during the last word
                 code = 128 + _endings.number
         finally:
@@ -449,12 +449,14 @@ class Run:
             newest["complete"], self.total = True, self.durable
             append_record(self.out, newest)
 
-    def _say_the_end(self, status, code):
+    def _say_the_end(self, status, code, error):
         if status == "COMPLETE":
             self.log(f"complete: {self.out} has all {self.total} {self.unit}")
         elif (self.begun or code) and status == "INTERRUPTED" or status == "FAILED" and not code:
             number, saved = _endings.number, self.durable if self.newest else 0
             why = signal.Signals(number).name if number else "before the end"
+            if isinstance(error, Exception):    # which Python does not print behind a signal
+                why += f", {type(error).__name__} {one_line(error)[:200]}"
             self.log(f"stopped ({why}): {saved} {self.unit} are saved; run the same command again "
                      "to go on")
 

@@ -15,7 +15,6 @@ import sys
 import tempfile
 import time
 import urllib.parse
-import zipfile
 import zlib
 
 import numpy as np
@@ -171,29 +170,23 @@ def test_what_goes_on_stands_first_then_what_needs_somebody(tmp_path):
     progress(tmp_path / "stopped", "INTERRUPTED", age=600)
     progress(tmp_path / "copy", "RUNNING", done=9, age=60, lock=False)
     progress(tmp_path / "works", "RUNNING", done=40, age=700, **{"Train loss": "2.4"})
+    for left in ("dead/.checkpoint_00064.pt.12-00000000.tmp", "done/checkpoint_00064.pt.corrupt"):
+        (tmp_path / left).touch()
     with open(tmp_path / "works" / ".lock") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        _, cards = facts_of(tmp_path)
+        facts, cards = facts_of(tmp_path)
     assert [(name, card["state"]) for name, card in cards.items()] == [
         ("copy", "RUNNING"), ("works", "RUNNING"), ("dead", "DEAD"), ("failed", "FAILED"),
         ("silent", "SILENT"), ("stopped", "INTERRUPTED"), ("done", "COMPLETE"),
         ("data", "COMPLETE")]
+    assert facts["first"] == [cards["done"]["id"]], "whose pictures are shown at the top"
     assert cards["failed"]["error"] == "disk full"
     assert cards["dead"]["command"] == "python train_magvit.py --out dead"
     assert (cards["works"]["left"], cards["works"]["percent"]) == (90, "40.0%")
     assert ["Train loss", "2.4"] in cards["works"]["pairs"], "before the first epoch ends"
-
-
-def test_the_newest_pictures_are_shown_first_data_only_where_nothing_else_is(tmp_path):
-    generated(tmp_path / "data")
-    facts, cards = facts_of(tmp_path)
-    assert facts["first"] == [cards["data"]["id"]]
-    for i in range(11):
-        training(tmp_path / f"run_{i}", age=(i - 5) ** 2)
-    np.savez(tmp_path / "predicted.npz", videos=clips(4), labels=np.arange(4), given=4)
-    facts, cards = facts_of(tmp_path)
-    assert facts["first"] == [cards["run_5"]["id"], cards["predicted.npz"]["id"]]
-    assert all(card["films"] for card in facts["cards"])
+    assert sorted(facts["notes"]) == [
+        "dead: 1 half-written files, which the next start removes (*.tmp)",
+        "done: 1 failed their check and were set aside (*.corrupt)"]
 
 
 def test_shards_are_one_row(tmp_path):
@@ -224,20 +217,7 @@ def test_two_trainings_are_compared_settings_that_differ_first(tmp_path):
     assert facts_of(tmp_path)[0]["compared"], "also on the page of their directory"
 
 
-def test_what_could_not_be_read_is_named_once(tmp_path):
-    for i in range(4):
-        training(tmp_path / f"run_{i}")
-    (tmp_path / "run_1" / "samples.npz").write_bytes(b"PK")
-    progress(tmp_path / "run_2", "RUNNING")
-    (tmp_path / "run_2" / ".checkpoint_00064.pt.12-00000000.tmp").touch()
-    (tmp_path / "run_3" / "checkpoint_00064.pt.corrupt").touch()
-    notes = facts_of(tmp_path)[0]["notes"]
-    assert len(notes) == 3 and "run_1/samples.npz" in " ".join(notes)
-    assert "run_2: 1 half-written files, which the next start removes (*.tmp)" in notes
-    assert "run_3: 1 failed their check and were set aside (*.corrupt)" in notes
-
-
-@pytest.mark.parametrize("damage", ["empty", "cut", "noise", "zeros"])
+@pytest.mark.parametrize("damage", ["cut", "noise", "zeros"])
 @pytest.mark.parametrize("name", [
     "magvit_training/PROGRESS.txt", "magvit_training/run.json", "magvit_training/history.json",
     "magvit_training/metrics.json", "magvit_training/samples.npz", "checkpoint_00016.npz",
@@ -245,27 +225,22 @@ def test_what_could_not_be_read_is_named_once(tmp_path):
 def test_damage_costs_only_what_is_damaged(results, name, damage):
     np.savez_compressed(results / "made.npz", videos=clips(4))
     path, content = results / name, (results / name).read_bytes()
-    path.write_bytes({"empty": b"", "cut": content[:len(content) // 2], "zeros": bytes(900),
+    path.write_bytes({"cut": content[:len(content) // 2], "zeros": bytes(900),
                       "noise": np.random.default_rng(1).bytes(5000)}[damage])
     report.write([results])
     facts, cards = facts_of(results / "report.html")
     card = cards["magvit_training" if path.parent == results else "."]
     assert card["state"] == "COMPLETE" and card["films"] and card["settings"]
     if name.endswith((".npz", ".json")):
-        assert sum(path.name in note for note in facts["notes"]) == 1, "and it is named"
+        assert sum(path.name in note for note in facts["notes"]) == 1, "and it is named, once"
 
 
 @pytest.mark.parametrize("name, content", [
-    ("history.json", "[1, null, [], {}]"), ("history.json", "[" * 100_000), ("run.json", "7"),
-    ("history.json", '[{"step": "x"}, {"step": 1, "train_loss": "NaN", "phase": []}]'),
-    ("history.json", '[{"step": 1e308, "train_loss": NaN, "validation_loss": Infinity}]'),
+    ("history.json", '[1, null, {"step": "x"}, {"step": 1, "train_loss": NaN, "phase": []}]'),
     ("metrics.json", '{"rows": [1, {}, {"group": 1}], "warnings": {"a": 1}}'),
-    ("metrics.json", '{"rows": [{"group": [], "key": {}, "words": null, "text": NaN, '
-     '"baseline_text": 1, "baseline_words": 2, "beaten": "x"}], "warnings": [null, {}]}'),
     ("metrics.json", '{"classification": {"classes": 1, "confusion_true_by_guessed": [[1]]}}'),
-    ("run.json", '{"settings": [1]}'), *[("samples.npz", arrays) for arrays in (
-        {"reconstructed": clips(5)}, {"real": np.zeros(3)}, {"predicted_truth": None},
-        {"given": 99}, {"given": np.zeros(3)}, {"real": np.array([{}], object)})]])
+    ("run.json", '{"settings": [1]}'), ("samples.npz", {"real": np.zeros(3)}),
+    ("samples.npz", {"given": np.zeros(3)}), ("samples.npz", {"real": np.array([{}], object)})])
 def test_foreign_content_costs_only_itself(results, name, content):
     path = results / "magvit_training" / name
     samples(path, **content) if name == "samples.npz" else path.write_text(content)
@@ -277,32 +252,20 @@ def test_foreign_content_costs_only_itself(results, name, content):
 
 
 def test_videos_of_any_shape_their_classes_called_what_the_set_says(tmp_path):
-    shapes = {"one": (1, 1, 1, 1, 1), "wide": (3, 5, 3, 16, 200), "long": (2, 100, 1, 16, 16),
-              "five": (2, 4, 5, 8, 8), "large": (1, 16, 3, 512, 512)}
-    for name, shape in shapes.items():
+    for name, shape in (("wide", (3, 5, 3, 16, 200)), ("five", (2, 4, 5, 8, 8)),
+                        ("large", (1, 16, 3, 512, 512))):
         np.savez_compressed(tmp_path / f"{name}.npz", videos=np.full(shape, 7, np.uint8))
-    np.savez(tmp_path / "nothing.npz", other=np.zeros(3))
-    for name, more, _ in (known := [
-            ("ours", {"made_by": np.array("{}")}, "circular"), ("numbers", {}, "class 1"),
-            ("named", {"class_names": np.array(["up", "<b>"])}, "<b>")]):
+    known = [("ours", {"made_by": np.array("{}")}, "circular"), ("numbers", {}, "class 1"),
+             ("named", {"class_names": np.array(["up", "<b>"])}, "<b>")]
+    for name, more, _ in known:
         np.savez(tmp_path / f"{name}.npz", videos=np.ones((1, 8, 1, 8, 8)), labels=[1], **more)
     facts, cards = facts_of(tmp_path)
+    assert len(cards) == 6
     for film, in (card["films"] for card in facts["cards"]):
         assert pixels(facts["sheets"][film["sheet"]]).shape[:2] == (
             len(film["sets"]) * film["height"], min(film["of"], 16) * film["width"])
-    assert [cards[f"{name}.npz"]["films"][0]["sets"] for name, _, _ in known] == [
-        [["", words]] for _, _, words in known]
-    assert len(cards) == 8 and facts["notes"] == [
-        f"{tmp_path}/nothing.npz: there is no array named videos"]
-
-
-def test_a_large_set_is_not_read_whole(tmp_path, monkeypatch):
-    np.savez_compressed(tmp_path / "dataset.npz", videos=np.zeros((2000, 16, 1, 32, 32), np.uint8))
-    asked, read = [], zipfile.ZipExtFile.read
-    monkeypatch.setattr(zipfile.ZipExtFile, "read",
-                        lambda self, n: [asked.append(n), read(self, n)][1])
-    film, = facts_of(tmp_path)[0]["cards"][0]["films"]
-    assert "2,000 videos" in film["words"] and 0 < sum(asked) < 2_000_000
+    for name, _, words in known:
+        assert cards[f"{name}.npz"]["films"][0]["sets"] == [["", words]]
 
 
 # ---- the page that is written
@@ -360,24 +323,20 @@ def test_what_cannot_be_done_is_one_line(tmp_path, paths, code, words):
 
 def test_the_page_is_that_of_the_topmost_directory_of_ours(tmp_path):
     top, at = tmp_path / "results", report.top_of
-    (top / "magvit_training" / "evaluation").mkdir(parents=True)
+    evaluation = top / "magvit_training" / "evaluation"
+    evaluation.mkdir(parents=True)
     (top / "report.html").write_text("not ours")
-    assert at(top / "magvit_training") == top / "magvit_training"
-    assert at(top / "shard_1_of_2") == top
-    for name in ("dataset.npz", "report.html"):
-        (top / name).write_bytes(report.MARK)
-        for path in (top, top / "magvit_training", top / "magvit_training" / "evaluation"):
-            assert at(path) == top
-        (top / name).unlink()
+    assert at(evaluation.parent) == evaluation.parent and at(top / "shard_1_of_2") == top
+    (top / "report.html").write_bytes(report.MARK)
+    assert at(top) == at(evaluation.parent) == at(evaluation) == top
 
 
 def test_refresh_takes_at_most_a_hundredth_of_the_time(tmp_path, monkeypatch):
-    clock, spent, starts = [0.0], [0.0], []
+    clock, starts = [0.0], []
 
     def slow(path, sources):
         starts.append(clock[0])
-        spent[0] += 0.2 + 0.1 * (len(starts) % 5)
-        clock[0] += 0.2 + 0.1 * (len(starts) % 5)
+        clock[0] += 0.5
         raise OSError("also when it fails")
     monkeypatch.setattr(report, "_next", 0)
     monkeypatch.setattr(report, "write_page", slow)
@@ -385,27 +344,25 @@ def test_refresh_takes_at_most_a_hundredth_of_the_time(tmp_path, monkeypatch):
     while clock[0] < 5000:
         report.refresh(tmp_path)
         clock[0] += 1
-    assert len(starts) > 50 and spent[0] < 0.0105 * clock[0]
+    assert 50 < len(starts) <= 100      # half a second each
     report.refresh(tmp_path, force=True)
     assert starts[-1] >= 5000, "the end is always shown"
 
 
 def test_refresh_never_raises_and_says_so_once(tmp_path, capsys):
-    for name in ("foreign", "broken"):
-        progress(tmp_path / name)
-    (tmp_path / "foreign" / "report.html").write_text("my thesis")
-    (tmp_path / "broken" / "report.html").mkdir()
-    for name in ("foreign", "broken", "nowhere"):
-        for _ in range(3):
-            report.refresh(tmp_path / name, force=True)
-        said = capsys.readouterr().err
-        assert said.count("\n") == (name != "nowhere") == said.count("warning: the page of "), said
-    assert (tmp_path / "foreign" / "report.html").read_text() == "my thesis"
+    progress(tmp_path / "run")
+    (tmp_path / "run" / "report.html").write_text("my thesis")
+    for _ in range(3):
+        report.refresh(tmp_path / "run", force=True)
+        report.refresh(tmp_path / "refused, so never begun", force=True)
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and said.startswith("warning: the page of "), said
+    assert (tmp_path / "run" / "report.html").read_text() == "my thesis"
 
 
 # ---- in a browser
 
-def browsed(page, script, seconds=2, *flags):
+def browsed(page, script, seconds=2):
     """What the script answers, run behind the page's own in Chromium after so many seconds of its
     clock, which runs faster than ours. Nothing may be complained of in its console."""
     if not shutil.which("chromium"):
@@ -424,7 +381,7 @@ def browsed(page, script, seconds=2, *flags):
               "--disable-component-update --window-size=1200,900 --enable-logging=stderr "
               "--dump-dom").split(),
             f"--virtual-time-budget={1000 * seconds + 8000:.0f}", f"--user-data-dir={directory}",
-            *flags, (page.parent / "browsed.html").as_uri()], capture_output=True, text=True)
+            (page.parent / "browsed.html").as_uri()], capture_output=True, text=True)
     assert "CONSOLE" not in done.stderr, done.stderr
     answer = re.search('<pre id="answer">(.*?)</pre>', done.stdout)
     assert answer, done.stdout[-2000:]
@@ -451,14 +408,11 @@ def test_videos_play_stop_and_step(results):
         return [seen.size, stopped, next, tiles.length, data.reduce((a, b) => a + b, 0),
             [...tiles, ...document.querySelectorAll("svg")].every(one => one.ariaLabel)];
     """
-    page = report.write([results])
-    seen, (first, later), following, count, light, named = browsed(page, script)
+    seen, (first, later), following, count, light, named = browsed(
+        report.write([results]), script)
     assert seen > 3 and first == later and count == 8 * 3 + 6 * 2 + 8 + 36 and named
     assert int(following.split()[0]) == int(first.split()[0]) % 8 + 1
     assert light == 9 * clips(1).sum(dtype=int), "all frames, each pixel three by three"
-    still = browsed(page, "return document.getElementById('at').textContent", 2,
-                    "--force-prefers-reduced-motion")
-    assert still == "1 of 8", "no motion where none is wanted"
 
 
 @pytest.mark.thorough
@@ -492,19 +446,16 @@ def test_it_looks_again_while_something_works_and_sees_its_heartbeat_grow_old(re
     (results / "magvit_training" / ".lock").unlink()
     facts, _ = facts_of(results)
     script = """
-        const details = document.querySelector("details"), found = [document.title,
-            document.body.innerText, sessionStorage.looks || "", details.open, play.textContent];
-        if (sessionStorage.looks) getSelection().selectAllChildren(document.body);
-        else { play.click(); details.open = true; }
-        sessionStorage.looks = found[2] + "look ";
-        return found;
+        const looks = sessionStorage.looks = (sessionStorage.looks || "") + "look ";
+        if (looks != "look ") getSelection().selectAllChildren(document.body);  // no third look
+        return [document.title, document.body.innerText, looks];
     """
     for age, name, words in ((0, "40.0% results", "1 at work"), (300, "! results", "1 no news")):
         for card in facts["cards"]:
             card["beat"] -= age
         page = report.page_of(facts).replace(b"Math.max(30, ", b"Math.max(1, ")
         (results / "report.html").write_bytes(page)
-        title, text, looks, is_open, play = browsed(results / "report.html", script, 0.5)
+        title, text, looks = browsed(results / "report.html", script, 0.5)
         assert title == name and words in text and "40.0%, 40 of 100 steps" in text
-        assert (looks, is_open, play) == ("look ", True, "Play"), "what was open stays so"
+        assert looks == "look look "
     assert "no sign of life for 6 min; go on with python train_magvit.py" in text

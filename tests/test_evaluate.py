@@ -6,13 +6,10 @@ import io
 import json
 import os
 import shutil
-import signal
-import subprocess
-import sys
 
 import numpy as np
 import pytest
-from conftest import ROOT
+from conftest import kill, run, start, wait_for
 from test_videos import call, data_set  # noqa: F401
 
 import videos
@@ -22,34 +19,25 @@ torch = pytest.importorskip("torch") if not os.environ.get("CI") else __import__
 import evaluate_magvit as ev  # noqa: E402
 import magvit  # noqa: E402
 
-ONE = {**os.environ, "OMP_NUM_THREADS": "1"}
 SIZES = magvit.Sizes(width=16, encoder_blocks=1, decoder_blocks=1, dim=32, layers=1, heads=2,
                      chain=16)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def small_work():
-    """One thread, which is enough for these tiny models, and a judge that learns little."""
-    threads, steps = torch.get_num_threads(), ev.JUDGE_STEPS
-    torch.set_num_threads(1)
-    ev.JUDGE_STEPS = 4
-    yield
-    torch.set_num_threads(threads)
-    ev.JUDGE_STEPS = steps
+SMALL = {"frames": 4, "size": 16}       # so that measuring takes a second
 
 
-def untrained():
+def untrained(frames=8, size=32, classes=videos.CLASSES):
     """What is tested is what happens around it."""
     torch.manual_seed(0)
-    return magvit.Magvit(SIZES, (8, 1, 32, 32), videos.CLASSES)
+    return magvit.Magvit(SIZES, (frames, 1, size, size), classes)
 
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
     """model.pt, set.npz, and out, where one was measured on the other."""
     home = tmp_path_factory.mktemp("home")
-    (home / "model.pt").write_bytes(magvit.saved(untrained().state()))
-    np.savez(home / "set.npz", **data_set(), made_by="{}")
+    (home / "model.pt").write_bytes(magvit.saved(untrained(**SMALL).state()))
+    np.savez(home / "set.npz", **data_set(**SMALL), made_by="{}")
     with contextlib.redirect_stdout(io.StringIO()) as said:
         ev.evaluate(ev.Settings(home / "model.pt", home / "set.npz", home / "out", "cpu"))
     (home / "said").write_text(said.getvalue())
@@ -110,36 +98,36 @@ def test_called_again_it_shows_the_table_and_changes_nothing(home, evaluate):
             if p.name != ".lock"} == {k: v for k, v in before.items() if k != ".lock"}
 
 
-KILLED = """import os, sys; sys.path.insert(0, {root!r})
-import evaluate_magvit as ev
-def killed(*_): os.kill(os.getpid(), 9)
-ev.JUDGE_STEPS, ev.MEASURES[{part!r}] = 4, killed
-ev.main()"""
-
-
-@pytest.mark.parametrize("part", ["generation", pytest.param("prediction",
-                                                             marks=pytest.mark.thorough)])
-def test_killed_and_started_again_it_ends_with_the_same_figures(home, evaluate, tmp_path, part):
+def test_killed_again_and_again_it_ends_with_the_same_figures(home, tmp_path):
+    """As people run it, on all threads: SIGKILL as soon as one part more is saved."""
     for name in ("model.pt", "set.npz"):
         shutil.copy(home / name, tmp_path)
-    code = KILLED.format(root=str(ROOT), part=part)
-    done = subprocess.run([sys.executable, "-c", code, *map(str, options(tmp_path)),
-                           "--max-minutes", "0.00001"], capture_output=True, env=ONE)
-    assert done.returncode == -signal.SIGKILL and len(read_records(tmp_path / "out")) > 1
-    progress = read_progress(tmp_path / "out" / "PROGRESS.txt")
-    assert progress["Status"] == "RUNNING" and "(100%)" not in progress["Progress"]
-    assert evaluate(*options(tmp_path)) == (home / "said").read_text()
+    for number in (1, 2):
+        process = start("evaluate_magvit.py", *options(tmp_path), "--max-minutes", 0.00001)
+        wait_for(lambda: len(read_records(tmp_path / "out")) >= number, f"part {number}")
+        kill(process)
+        progress = read_progress(tmp_path / "out" / "PROGRESS.txt")
+        assert progress["Status"] == "RUNNING" and "(100%)" not in progress["Progress"]
+    assert run("evaluate_magvit.py", *options(tmp_path)).stdout == (home / "said").read_text()
     assert (tmp_path / "out/metrics.json").read_bytes() == (
         home / "out/metrics.json").read_bytes()
 
 
+def test_the_judge_learns_the_same_in_one_go_and_in_parts():
+    bench, parts = bench_of(untrained(**SMALL), 80)[0], None
+    for first, last in ((0, 1), (1, 4)):
+        parts = ev.train_judge(bench, parts, first, last)
+        parts = torch.load(io.BytesIO(magvit.saved(parts)), weights_only=True)
+    assert magvit.saved(parts) == magvit.saved(ev.train_judge(bench, None, 0, 4))
+
+
 def test_what_will_not_do_is_refused_in_one_line_and_leaves_no_directory(home, evaluate):
-    arrays = data_set(seed=7)
+    arrays = data_set(seed=7, **SMALL)
     np.savez(home / "other.npz", **arrays, made_by="{}")
     assert "data was" in evaluate(*options(home, data="other.npz"), code=2)
-    np.savez(home / "small.npz", **data_set(size=16))
-    assert "this model takes (8, 1, 32, 32), linear" in evaluate(
-        *options(home, data="small.npz", out="new"), code=2)
+    np.savez(home / "large.npz", **data_set())
+    assert "this model takes (4, 1, 16, 16), linear" in evaluate(
+        *options(home, data="large.npz", out="new"), code=2)
     np.savez(home / "two.npz", videos=arrays["videos"], labels=arrays["labels"] % 2)
     assert "2 classes of" in evaluate(*options(home, data="two.npz", out="new"), code=2)
     assert "no such data" in evaluate(*options(home, data="none.npz", out="new"), code=2)
@@ -152,11 +140,11 @@ def test_what_will_not_do_is_refused_in_one_line_and_leaves_no_directory(home, e
 
 def test_the_smallest_foreign_set_that_is_taken_is_measured_to_the_end(evaluate, tmp_path):
     """Two classes of ten videos, so two test videos."""
-    arrays = data_set(80)
+    arrays = data_set(**SMALL)
     chosen = np.flatnonzero(arrays["labels"] < 2)[:20]
     np.savez(tmp_path / "set.npz", videos=arrays["videos"][chosen], labels=arrays["labels"][chosen])
-    (tmp_path / "model.pt").write_bytes(magvit.saved(magvit.Magvit(
-        SIZES, (8, 1, 32, 32), ["left", "right"]).state()))
+    model = untrained(**SMALL, classes=["left", "right"])
+    (tmp_path / "model.pt").write_bytes(magvit.saved(model.state()))
     assert "class by guessed class" in evaluate(*options(tmp_path))
     assert "NaN" not in (tmp_path / "out" / "metrics.json").read_text()
 
@@ -177,14 +165,14 @@ def test_centroids_are_those_of_the_data_set():
 
 
 def bench_of(model, count):
-    arrays = data_set(count)
+    arrays = data_set(count, **SMALL)
     data = videos.Data(arrays["videos"], arrays["labels"], list(videos.CLASSES))
     part = videos.split(data.labels)
     return ev.Bench(model.requires_grad_(False), data, part, 0), part
 
 
 def test_codes_that_collapsed_and_accuracy_at_chance_are_said_in_words(home):
-    collapsed = untrained()
+    collapsed = untrained(**SMALL)
     for linear in (collapsed.tokenizer.coarse, collapsed.tokenizer.to_code[1]):
         linear.weight.data.zero_()   # every place of every video gets the same code
     bench = bench_of(collapsed, 80)[0]
@@ -204,6 +192,6 @@ def test_codes_that_collapsed_and_accuracy_at_chance_are_said_in_words(home):
 
 
 def test_no_video_is_measured_that_training_saw():
-    bench, part = bench_of(untrained(), 400)
+    bench, part = bench_of(untrained(**SMALL), 400)
     assert (part[bench.many] == videos.TEST).all() and (part[bench.few] == videos.TEST).all()
     assert torch.bincount(bench.labels[bench.many]).tolist() == [10] * 4

@@ -9,12 +9,11 @@ import sys
 
 import numpy as np
 import pytest
-from conftest import ROOT, kill, need, run, start, wait_for
+from conftest import ROOT, need, run
 from test_videos import call, data_set  # noqa: F401
 
 import checkpointing
 import merge
-import videos
 from checkpointing import read_records, sha256
 
 
@@ -168,13 +167,3 @@ def test_a_kill_leaves_no_half_set_and_its_temp_file_is_swept_next_time(results,
     assert not out.exists() and len(list(tmp_path.glob(".set.npz.*.tmp"))) == 1
     join(results, "--out", out)
     assert not list(tmp_path.glob(".set.npz.*.tmp"))
-
-
-def test_partial_takes_what_is_there_while_generate_is_running(tmp_path, join):
-    process = start("generate.py", "--n", 10**6, "--every", 200, "--out", tmp_path / "run",
-                    stdout=subprocess.DEVNULL)
-    wait_for(lambda: len(list((tmp_path / "run").glob("checkpoint_*.npz"))) > 2, "checkpoints")
-    said = join(tmp_path / "run", "--out", tmp_path / "x.npz", "--partial")
-    kill(process)
-    assert re.search(r"missing: \d+ to 999999", said)
-    assert len(videos.load(tmp_path / "x.npz").labels) >= 600

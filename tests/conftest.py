@@ -23,9 +23,11 @@ import pytest
 signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
-# As in settings.py, for trainings inside a test: read when torch is imported.
+# As in settings.py, for trainings inside a test: read when torch is imported. And as magvit.py sets
+# it: where it comes later, it differs from the zygote's, which then starts true processes.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("GOMP_SPINCOUNT", "2000")
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))

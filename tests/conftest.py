@@ -134,17 +134,6 @@ def start(script, *arguments, real=None, **more):
     return (Forked if forks else subprocess.Popen)(command(script, *arguments), **more)
 
 
-def peak_memory(script, *arguments):
-    """Peak resident memory of a stage, in the unit of getrusage."""
-    code = ("import resource, runpy, sys; sys.argv = sys.argv[1:]; "
-            "sys.path.insert(0, sys.argv[0].rpartition('/')[0]); "
-            "runpy.run_path(sys.argv[0], run_name='__main__'); "
-            "print('peak', resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)")
-    done = subprocess.run([sys.executable, "-c", code, *command(script, *arguments)[1:]],
-                          capture_output=True, text=True, check=True)
-    return int(done.stdout.rsplit("peak", 1)[1])
-
-
 def environment(**more):
     return {**os.environ, **{key: str(value) for key, value in more.items()}}
 

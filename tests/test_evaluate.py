@@ -102,15 +102,19 @@ def test_killed_again_and_again_it_ends_with_the_same_figures(home, tmp_path):
     """As people run it, on all threads: SIGKILL as soon as one part more is saved."""
     for name in ("model.pt", "set.npz"):
         shutil.copy(home / name, tmp_path)
-    for number in (1, 2):
+    out = tmp_path / "out"
+    for number in (1, 2):       # in the judge's training, in the generation
         process = start("evaluate_magvit.py", *options(tmp_path), "--max-minutes", 0.00001)
-        wait_for(lambda: len(read_records(tmp_path / "out")) >= number, f"part {number}")
+        wait_for(lambda: len(names := list(read_records(out))) >= number
+                 and (out / names[-1]).exists(), f"part {number}")
         kill(process)
-        progress = read_progress(tmp_path / "out" / "PROGRESS.txt")
+        progress = read_progress(out / "PROGRESS.txt")
         assert progress["Status"] == "RUNNING" and "(100%)" not in progress["Progress"]
     assert run("evaluate_magvit.py", *options(tmp_path)).stdout == (home / "said").read_text()
-    assert (tmp_path / "out/metrics.json").read_bytes() == (
-        home / "out/metrics.json").read_bytes()
+    assert (out / "metrics.json").read_bytes() == (home / "out/metrics.json").read_bytes()
+    judges = [torch.load(place / list(read_records(place))[-1])["judge"]["weights"]
+              for place in (home / "out", out)]
+    assert all(map(torch.equal, *(judge.values() for judge in judges)))
 
 
 def test_the_judge_learns_the_same_in_one_go_and_in_parts():

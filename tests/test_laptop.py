@@ -152,9 +152,11 @@ def watching(far, tmp_path, *arguments, **variables):
     """The monitor at work: (its process, a function that gives what it has said so far)."""
     with open(tmp_path / "screen", "w") as screen:
         watcher = behind(far, MONITOR, "-i", 1, *arguments, variables=variables, stdout=screen)
-    yield watcher, (tmp_path / "screen").read_text
-    watcher.kill()
-    watcher.wait()
+    try:
+        yield watcher, (tmp_path / "screen").read_text
+    finally:
+        watcher.kill()
+        watcher.wait()
 
 
 JOB = f"""

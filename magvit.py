@@ -544,17 +544,12 @@ class DeviceVideos:
     """
 
     def __init__(self, array, device):
-        self.array, self.device, self.shape = torch.from_numpy(array), device, array.shape
-        self.held = self.array.to(device) if self.fits() else None
-
-    def fits(self):     # the memory of a CPU is the host's
-        return self.device.type != "cuda" or (
-            self.array.nbytes <= torch.cuda.mem_get_info(self.device)[0] / 2)
+        self.pixels, self.device = torch.from_numpy(array), device
+        if device.type != "cuda" or array.nbytes <= torch.cuda.mem_get_info(device)[0] / 2:
+            self.pixels = self.pixels.to(device)
 
     def __getitem__(self, index):
-        if self.held is not None:
-            return self.held[index]
-        chosen = self.array[index.cpu()]
-        if self.device.type == "cuda":
-            chosen = chosen.pin_memory()
+        chosen = self.pixels[index.to(self.pixels.device)]
+        if chosen.device != self.device and self.device.type == "cuda":
+            chosen = chosen.pin_memory()    # or the copy would wait for the device
         return chosen.to(self.device, non_blocking=True)

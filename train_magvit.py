@@ -129,7 +129,10 @@ def train(settings, processes):
     data = load(settings.data)
     if settings.fresh:
         set_aside(out)
-    used = processes.given(videos_used_before(out))
+    used = None
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):     # Run says what is wrong
+        used = int(json.loads((out / "run.json").read_bytes())["settings"]["videos"])
+    used = processes.given(used)
     if used and len(data.videos) > used:
         if processes.leads:
             checkpointing.say(f"{settings.data} has grown to {len(data.videos)} videos; this run "
@@ -143,12 +146,10 @@ def train(settings, processes):
                             for which in (TRAIN, VALIDATION))
 
     # The model. Its first weights are drawn on the CPU: the same ones on every device.
-    name = settings.preset
-    if name == "auto":
-        name = "small" if on_gpu else "tiny"
+    auto = "small" if on_gpu else "tiny"
+    name = auto if settings.preset == "auto" else settings.preset
     torch.manual_seed(settings.seed)
-    sizes = magvit.Sizes(**PRESETS[name].sizes)
-    model = magvit.Magvit(sizes, data.videos.shape[1:], data.classes)
+    model = magvit.Magvit(magvit.Sizes(**PRESETS[name].sizes), data.videos.shape[1:], data.classes)
     model.to(device).requires_grad_(False).eval()
     phases = phases_of(settings, PRESETS[name], model, len(training))
 
@@ -173,7 +174,7 @@ def train(settings, processes):
         if state:
             model.load_state_dict(state["model"])
             if processes.leads:     # what a kill kept from being written, or was damaged since
-                results.publish(state, phases[done > phases[0].stop].name, done == run.total)
+                results.publish(state)
             for key, was in state["machine"].items():
                 if here.get(key, was) != was:
                     run.log(f"{key} was {was}, is {here[key]}: the last bits will be others")
@@ -188,8 +189,14 @@ def train(settings, processes):
                 learner.restore(state["learning"]["tensors"])
             else:
                 run.update(done, **{"Train loss": "not known yet", "Val loss": "not known yet"})
+            if phase is phases[-1]:
+                run.log(f"{phase.name}: encoding all videos once, in {TURNS} turns each")
+                for chunk, share in learner.encode():
+                    run.update(done, Epoch=phase.epoch_at(done),
+                               Phase=f"{phase.name}, encoding the videos: {share:.0%}")
+                    if processes.asked(run.stopping, chunk):
+                        run.leave_if_asked()    # what was done before is saved
             run.update(done, Phase=phase.name, Epoch=phase.epoch_at(done))
-            learner.shuffle((done - phase.start) // phase.epoch_steps)
             advance = captured(learner, run.log) if on_gpu else learner.step
             pace = Pace(phases, done)
 
@@ -197,6 +204,8 @@ def train(settings, processes):
                 learner.feed(done - phase.start)
                 advance()
                 done += 1
+                if on_gpu and done % 16 == 0:
+                    torch.cuda.synchronize()    # not further ahead, to stop and save soon
                 run.update(done)
                 epoch, since = divmod(done - phase.start, phase.epoch_steps)
                 look = since == 0 and (epoch % phase.look == 0 or done == phase.stop)
@@ -221,13 +230,11 @@ def train(settings, processes):
                     losses = [r["validation_loss"] for r in history if r["phase"] == phase.name]
                     if phase is phases[-1] and losses[-1] == min(losses):
                         best = {"epoch": epoch, "validation_loss": losses[-1],
-                                "weights": copy.deepcopy(learner.average.state_dict())}
+                                "weights": on_host(learner.average.state_dict())}
                     said = f"{losses[-1]:.4f}, best {min(losses):.4f}"
                     run.update(done, **{"Val loss": said})
                     run.log(f"{phase.name} epoch {epoch}/{phase.epochs}: train {loss:.4f}, "
                             f"validation {said}; about {duration(left)} left")
-                if since == 0 and done < phase.stop:
-                    learner.shuffle(epoch)
 
                 asked = processes.asked(run.stopping, done)     # all leave after the same step
                 regular = since == epoch % settings.every == 0 and time.monotonic() - saved_at > 30
@@ -235,31 +242,22 @@ def train(settings, processes):
                 due = run.due() and not run.stopping and (len(pace.seen) > 1 or not on_gpu)
                 if processes.leads and (done == phase.stop or asked or regular or due):
                     learner.train_loss(done)    # what is not finite is not saved
-                    state = on_host({
-                        "done": done, "model": model.state_dict(), "best": best,
-                        "learning": {"phase": phase.name, "tensors": learner.tensors()}
-                        if done < phase.stop else None, "history": history, "machine": here})
+                    tensors = on_host(dict(enumerate(learner.tensors()))).values()
+                    state = {"done": done, "model": on_host(model.state_dict()), "best": best,
+                             "learning": {"phase": phase.name, "tensors": [*tensors]}
+                             if done < phase.stop else None, "history": history, "machine": here}
                     run.save(done, write=lambda file: file.write(magvit.saved(state)))
                     saved_at = time.monotonic()
                     if done == phase.stop or asked or time.monotonic() > results.next:
-                        results.publish(state, phase.name, done == run.total)
+                        results.publish(state)
                 if asked:
                     run.leave_if_asked()
     return data
 
 
-def on_host(state):
-    """The same with all tensors on the CPU: files do not depend on the device."""
-    if isinstance(state, dict):
-        return {key: on_host(value) for key, value in state.items()}
-    if isinstance(state, list):
-        return [on_host(value) for value in state]
-    return state.detach().cpu() if torch.is_tensor(state) else state
-
-
-def videos_used_before(out):
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):     # Run says what is wrong
-        return int(json.loads((out / "run.json").read_bytes())["settings"]["videos"])
+def on_host(tensors):
+    """Copies on the CPU of a dict's tensors: files do not depend on the device."""
+    return {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
 
 
 def set_aside(out):
@@ -267,8 +265,7 @@ def set_aside(out):
     if out.is_dir() and any(out.iterdir()):
         with contextlib.closing(checkpointing.DirectoryLock(out)):
             names = (out.with_name(f"{out.name}.old{number}") for number in itertools.count(1))
-            aside = next(path for path in names if not path.exists())
-            out.rename(aside)
+            aside = out.rename(next(path for path in names if not path.exists()))
         checkpointing.say(f"the old run is in {aside}")
 
 
@@ -336,14 +333,6 @@ def reconstruction_loss(painted, video, share=ALL):
     return error.square().sum() / energy + fair
 
 
-def weights(hidden):
-    """(B, T, n): sampling goes frame by frame, so the first hidden frame matters most; the later
-    ones teach where it leads, and weigh less with the square of how far ahead they lie."""
-    frames = torch.arange(hidden.shape[1], device=hidden.device)
-    ahead = (frames - magvit.first_hidden_frame(hidden)[:, None]).clamp(min=0)
-    return hidden / (1 + ahead[:, :, None]).square()
-
-
 def masked_loss(transformer, codes, labels, hidden, label_hidden, pick, share=ALL):
     """Cross entropy of the hidden numbers and of the hidden classes. The masks are those of the
     whole batch, codes and labels those of its part `share`.
@@ -351,7 +340,11 @@ def masked_loss(transformer, codes, labels, hidden, label_hidden, pick, share=AL
     pick: compute only what counts, which on a CPU saves half; on a GPU changing shapes would cost
     more than that.
     """
-    weight, named = weights(hidden), label_hidden.sum().clamp(min=1)
+    # Sampling goes frame by frame, so the first hidden frame matters most; the later ones teach
+    # where it leads, and weigh less with the square of how far ahead they lie.
+    frames = torch.arange(hidden.shape[1], device=hidden.device)
+    ahead = (frames - magvit.first_hidden_frame(hidden)[:, None]).clamp(min=0)
+    weight, named = hidden / (1 + ahead[:, :, None]).square(), label_hidden.sum().clamp(min=1)
     weighed, weight = weight.sum().clamp(min=1), weight[share].flatten()
     hidden, label_hidden = hidden[share], label_hidden[share]
     state, states = transformer(codes, hidden, labels, label_hidden)
@@ -392,6 +385,14 @@ def draw_masks(key, step, batch, frames, places):
 # --------------------------------------------------------------------------------------------------
 # One step
 
+def turned(videos, turn):
+    """(.., H, W) mirrored and turned in one of TURNS ways; oblong ones in four."""
+    videos = videos.flip(-1) if turn & 1 else videos
+    videos = videos.flip(-2) if turn & 2 else videos
+    oblong = videos.shape[-1] != videos.shape[-2]
+    return videos.transpose(-1, -2) if turn & 4 and not oblong else videos
+
+
 class Learner:
     """A network that learns, its average, and the optimiser between them, for one phase.
 
@@ -400,20 +401,22 @@ class Learner:
     """
 
     def __init__(self, phase, model, videos, labels, training, validation, seed, processes):
-        self.phase, self.model, self.videos, self.labels = phase, model, videos, labels
-        self.training, self.validation, self.processes = training, validation, processes
-        self.share = slice(*processes.share(phase.batch))
+        self.phase, self.model, self.processes = phase, model, processes
         self.seed, self.device, self.masks = seed, model.device, magvit.key(seed, "masks")
+        self.share = slice(*processes.share(phase.batch))
+        # A row is a place in `shown`: first the training videos, then those of the validation.
+        shown = torch.cat([training, validation[:VALIDATION_VIDEOS]])
+        self.labels, self.codes = labels[shown], None   # see encode()
+        self.shown, self.videos = shown.to(videos.pixels.device), videos
+        rows = torch.arange(len(shown), device=self.shown.device)
+        self.training, self.validation = rows.split([len(training), len(rows) - len(training)])
+        self.fed = self.epoch = None    # what a step learns from, and its epoch; see feed()
         self.average = getattr(model, phase.name)
         self.network = copy.deepcopy(self.average).requires_grad_(True).train()
         self.parameters = list(self.network.parameters())
         self.averages = list(self.average.parameters())
         self.at = torch.zeros(1, dtype=torch.long, device=self.device)   # steps of this phase
         self.loss_sum = torch.zeros((), device=self.device)              # since the last look
-        self.order = torch.zeros((phase.epoch_steps, phase.batch), dtype=torch.long,
-                                 device=self.device)
-        self.fed = None if videos.held is not None else torch.zeros(    # videos of this step, if
-            (phase.batch, *videos.shape[1:]), dtype=torch.uint8, device=self.device)   # not all fit
         self.schedule = schedule(phase).to(self.device)
         self.rate = torch.zeros((), device=self.device)
         self.optimizer = torch.optim.AdamW(
@@ -426,51 +429,55 @@ class Learner:
         self.batch_loss = self._batch_loss if self.device.type != "cuda" else torch.compile(
             self._batch_loss, fullgraph=True, dynamic=False)
 
-    def shuffle(self, epoch):
-        """The order of an epoch: of the training videos, by a hash of seed, phase and epoch. Those
-        of a batch that are turned alike stand together."""
-        key = magvit.key(self.seed, "order", self.phase.name)
-        number = torch.tensor(epoch, device=self.device)
-        order = magvit.hashes(key, number, len(self.training)).argsort(stable=True)
-        batches = self.training[order[:self.order.numel()]].view(self.order.shape)
-        self.order.copy_(torch.cat([batches[:, k::TURNS] for k in range(TURNS)], 1))
-        if self.fed is not None:
-            self.order_here = self.order.cpu()
+    def encode(self):
+        """Make the codes of all videos in all turns: the tokenizer learns no more. Yields (number,
+        share of the work) after each chunk; they are the same at every start, to the last bit."""
+        codes = torch.zeros((TURNS, len(self.shown), self.model.shape[0], self.model.places,
+                             magvit.NUMBERS), dtype=torch.uint8, device=self.device)
+        rows = torch.cat([self.training, self.validation])
+        for number, chunk in enumerate(rows.split(max(1, self.phase.batch // TURNS))):
+            mine = chunk[slice(*self.processes.share(len(chunk)))]
+            with torch.no_grad():
+                made = self.model.encode(self.read(mine.repeat(TURNS)))
+            codes[:, mine] = made.byte().unflatten(0, (TURNS, len(mine)))
+            yield number, (chunk[-1].item() + 1) / len(rows)
+        self.processes.add([codes])
+        self.codes = codes
+
+    def read(self, rows):
+        """Videos uint8 (B, T, C, H, W) or their codes. An eighth each is mirrored and turned in
+        another way, which keeps its class."""
+        parts = enumerate(rows.tensor_split(TURNS))
+        if self.codes is not None:
+            return torch.cat([self.codes[turn, part] for turn, part in parts])
+        return torch.cat([turned(self.videos[self.shown[part]], turn) for turn, part in parts])
 
     def feed(self, step):
-        """What step number `step` of this phase reads of videos that the device cannot hold."""
-        if self.fed is not None:
-            index = self.order_here[step % self.phase.epoch_steps]
-            self.fed.copy_(self.videos[index], non_blocking=True)
+        """Lay out what step number `step` of this phase learns from, and its labels (B,). The order
+        of an epoch's videos is a hash of seed, phase and epoch."""
+        epoch, step = divmod(step, self.phase.epoch_steps)
+        if epoch != self.epoch:
+            key = magvit.key(self.seed, "order", self.phase.name)
+            number = torch.tensor(epoch, device=self.shown.device)
+            order = magvit.hashes(key, number, len(self.training)).argsort(stable=True)
+            self.epoch, self.order = epoch, order.split(self.phase.batch)
+        new = self.read(self.order[step]), self.labels[self.order[step]]
+        self.fed = self.fed or tuple(map(torch.empty_like, new))
+        for place, value in zip(self.fed, new):
+            place.copy_(value)
 
-    def batch(self):
-        """Videos uint8 (B, T, C, H, W) and labels (B,) of this step: an eighth each mirrored and
-        turned in another way, which keeps their class."""
-        index = self.order.index_select(0, self.at % self.phase.epoch_steps)[0]
-        videos = self.videos[index] if self.fed is None else self.fed
-        square = videos.shape[-1] == videos.shape[-2]
-        counts = [len(range(k, self.phase.batch, TURNS)) for k in range(TURNS)]
-        turned = []
-        for k, chosen in enumerate(videos.split(counts)):
-            chosen = chosen.flip(-1) if k & 1 else chosen
-            chosen = chosen.flip(-2) if k & 2 else chosen
-            turned.append(chosen.transpose(-1, -2) if k & 4 and square else chosen)
-        return torch.cat(turned), self.labels[index]
-
-    def loss(self, network, videos, labels, key, number, share=ALL):
-        """Of this phase's network; `key` and `number` decide the masks."""
+    def loss(self, network, read, labels, key, number, share=ALL):
+        """Of this phase's network on videos, or on codes; `key` and `number` decide the masks."""
         with magvit.precision(self.device):
-            if self.phase.name == "tokenizer":
-                video = videos.float() / 255
+            if self.codes is None:
+                video = read.float() / 255
                 return reconstruction_loss(network(video[share]), video, share)
-            with torch.no_grad():
-                codes = self.model.encode(videos[share])
-            masks = draw_masks(key, number, len(videos), *codes.shape[1:3])
-            return masked_loss(network, codes, labels[share], *masks, self.device.type == "cpu",
-                               share)
+            masks = draw_masks(key, number, *read.shape[:3])
+            return masked_loss(network, read[share].long(), labels[share], *masks,
+                               self.device.type == "cpu", share)
 
     def _batch_loss(self):
-        return self.loss(self.network, *self.batch(), self.masks, self.at[0], self.share)
+        return self.loss(self.network, *self.fed, self.masks, self.at[0], self.share)
 
     def step(self):
         """One optimiser step. Never waits for the device."""
@@ -503,14 +510,15 @@ class Learner:
 
     def validation_loss(self):
         """Of the average, on at most 1,000 validation videos, with the same masks every time."""
-        index, total = self.validation[:VALIDATION_VIDEOS], 0
-        key = magvit.key(self.seed, "validation")
+        key, total = magvit.key(self.seed, "validation"), 0
         with torch.no_grad():
-            for i, chunk in enumerate(index.split(self.phase.batch)):
+            for i, chunk in enumerate(self.validation.split(self.phase.batch)):
+                read = (self.videos[self.shown[chunk]] if self.codes is None else
+                        self.codes[0, chunk])
                 number = torch.tensor(i, device=self.device)
                 total = total + len(chunk) * self.loss(
-                    self.average, self.videos[chunk], self.labels[chunk], key, number)
-        return total.item() / len(index)
+                    self.average, read, self.labels[chunk], key, number)
+        return total.item() / len(self.validation)
 
     def tensors(self):
         """All that a step changes, but for the average, which is in the model."""
@@ -533,11 +541,11 @@ def schedule(phase):
 
 
 def captured(learner, log):
-    """learner.step as one CUDA graph: a function that replays it. Nothing but the launch is left to
-    the processor, and it never runs more than 32 steps ahead, so that it can stop and save."""
+    """learner.step as one CUDA graph: a function that replays it, on what feed() lays out."""
     log(f"{learner.phase.name}: compiling; it takes half a minute or less")
     changed = [*learner.tensors(), *learner.averages]
     kept = [tensor.detach().clone() for tensor in changed]
+    learner.feed(0)     # from here on it stays where the graph reads it
     aside = torch.cuda.Stream()
     aside.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(aside):   # compiles, and lets every library make its own preparations
@@ -552,16 +560,7 @@ def captured(learner, log):
     with torch.no_grad():
         torch._foreach_copy_(changed, kept)
     torch.cuda.synchronize()
-    passed, steps = torch.cuda.Event(), 0
-
-    def replay():
-        nonlocal steps
-        graph.replay()
-        steps += 1
-        if steps % 16 == 0:
-            passed.synchronize()   # of 16 steps ago: the device still has 16 to do
-            passed.record()
-    return replay
+    return graph.replay
 
 
 # --------------------------------------------------------------------------------------------------
@@ -601,18 +600,18 @@ class Results:
         self.out, self.model, self.real, self.seed = out, model, real[:SAMPLES], seed
         self.next = time.monotonic() + 30       # on the steady clock; not for a short run
 
-    def publish(self, state, phase, complete):
-        """Write what is not there already, by the state after a step of `phase`."""
+    def publish(self, state):
+        """Write what is not there already."""
         began, best, files = time.monotonic(), state["best"], {}
         if best:
             better = {f"transformer.{name}": value for name, value in best["weights"].items()}
             files["best_model.pt"] = magvit.saved(self.model.state({**state["model"], **better}))
-        if complete:
+        if best and not state["learning"]:      # the end
             files["final_model.pt"] = magvit.saved(self.model.state(state["model"]))
         files["history.json"] = (json.dumps(state["history"], indent=1) + "\n").encode()
         buffer = io.BytesIO()
         with torch.no_grad():
-            np.savez_compressed(buffer, **self.samples(phase, state["done"]))
+            np.savez_compressed(buffer, **self.samples(state["done"], bool(best)))
         files["samples.npz"] = buffer.getvalue()
         for name, content in files.items():
             path = self.out / name
@@ -620,12 +619,12 @@ class Results:
                 checkpointing.write_atomic(path, content)
         self.next = time.monotonic() + 100 * (time.monotonic() - began)
 
-    def samples(self, phase, done):
+    def samples(self, done, transforms):
         """What the model makes of a few validation videos, for people's eyes."""
         model, real, frames = self.model, self.real, self.model.shape[0]
         arrays = {"real": real, "reconstructed": model.decode(model.encode(real)),
                   "step": torch.tensor(done)}
-        if phase == "transformer" and frames * model.places <= SAMPLED_PLACES:
+        if transforms and frames * model.places <= SAMPLED_PLACES:
             numbers = torch.arange(len(real), device=model.device)
             labels, given = numbers % len(model.classes), frames // 2
             arrays |= {"generated": model.generate(labels, self.seed, numbers, samples=1),

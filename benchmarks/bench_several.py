@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 import generate  # noqa: E402
 import train_magvit  # noqa: E402
-from bench_train import seconds_of  # noqa: E402
+from bench_train import fed, seconds_of  # noqa: E402
 from processes import Processes  # noqa: E402
 
 VIDEOS = 10_000
@@ -90,9 +90,11 @@ class Silent(Processes):
 
 def spent(phase, data, processes):
     learner = train_magvit.Learner(phase, *data, processes)
-    learner.shuffle(0)
+    if phase.name == "transformer":
+        list(learner.encode())
     cuda = learner.device.type == "cuda"
-    return seconds_of(train_magvit.captured(learner, lambda line: None) if cuda else learner.step)
+    advance = train_magvit.captured(learner, lambda line: None) if cuda else learner.step
+    return seconds_of(fed(learner, advance))
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ works; a training with checkpoints against one without; a restart; a training wi
 beside it. Run it on an idle machine; the ratios mean more than the seconds.
 """
 import argparse
+import itertools
 import statistics
 import subprocess
 import sys
@@ -64,8 +65,21 @@ def learners(asked, data):
     for phase in train_magvit.phases_of(settings, preset, model, len(training)):
         learner = train_magvit.Learner(phase, model, videos, labels, training, validation, 0,
                                        Processes())
-        learner.shuffle(0)
+        if phase.name == "transformer":
+            began = time.perf_counter()
+            list(learner.encode())
+            line("encoding all videos in all turns", f"{time.perf_counter() - began:.1f} s", "-")
         yield learner
+
+
+def fed(learner, advance):
+    """A whole step of the training, of its first epoch."""
+    numbers = itertools.cycle(range(learner.phase.epoch_steps))
+
+    def step():
+        learner.feed(next(numbers))
+        advance()
+    return step
 
 
 def steps(learner):
@@ -73,12 +87,13 @@ def steps(learner):
     import torch
     name, batch = learner.phase.name, learner.phase.batch
     if learner.device.type != "cuda":
-        line(f"{name}: training videos/s", f"{batch / seconds_of(learner.step):.0f}", "-")
+        speed = batch / seconds_of(fed(learner, learner.step))
+        line(f"{name}: training videos/s", f"{speed:.0f}", "-")
         return
     began = time.perf_counter()
-    replay = train_magvit.captured(learner, lambda line: None)
+    replay = fed(learner, train_magvit.captured(learner, lambda line: None))
     line(f"{name}: compile and capture", f"{time.perf_counter() - began:.0f} s", "-")
-    graph, plain = seconds_of(replay), seconds_of(learner.step)
+    graph, plain = seconds_of(replay), seconds_of(fed(learner, learner.step))
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         for _ in range(5):
             replay()

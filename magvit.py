@@ -306,7 +306,6 @@ class MaskedTransformer(nn.Module):
         self.to_number = nn.Parameter(torch.stack([smooth(e).T for _ in range(NUMBERS)]) * 0.02)
         self.chain_norm = nn.LayerNorm(e)
         self.up, self.down = nn.Linear(e, 2 * e), nn.Linear(2 * e, e)
-        self.register_buffer("before", torch.ones(NUMBERS, NUMBERS).tril(-1), persistent=False)
         for layer in self.layers:   # as GPT-2: a residual stream that does not grow with depth
             for linear in (layer.mix, layer.down):
                 nn.init.normal_(linear.weight, std=0.02 / math.sqrt(2 * sizes.layers))
@@ -351,9 +350,11 @@ class MaskedTransformer(nn.Module):
     def logits(self, states, codes):
         """(N, NUMBERS, LEVELS) for states (N, dim) of places that hold codes (N, NUMBERS): each
         number is told the ones before it."""
-        known = torch.einsum("nkc,kce->nke", one_hot(codes, LEVELS), self.known)
-        told = torch.einsum("jk,nke->nje", self.before, known)
-        x = self.tell(self.to_chain(states)[:, None] + self.which + told)
+        known = torch.einsum("nkc,kce->nke", one_hot(codes, LEVELS), self.known).float()
+        told = [torch.zeros_like(known[:, 0])]
+        for number in known.unbind(1)[:-1]:     # a sum of few terms: as a product it costs thrice
+            told.append(told[-1] + number)
+        x = self.tell(self.to_chain(states)[:, None] + self.which + torch.stack(told, 1))
         return torch.einsum("nke,kec->nkc", x, self.to_number).float()
 
     def draw(self, states, temperature, chance):

@@ -127,14 +127,10 @@ class Processes:
         return self.number * count // self.count, (self.number + 1) * count // self.count
 
     def add(self, tensors):
-        """Each becomes its sum over all processes, in one exchange."""
-        if self.alone:
-            return
-        flat = torch.cat([tensor.flatten() for tensor in tensors])
-        with reached():
-            distributed.all_reduce(flat)
-        parts = flat.split([tensor.numel() for tensor in tensors])
-        torch._foreach_copy_(tensors, [p.view_as(t) for p, t in zip(parts, tensors, strict=True)])
+        """Each becomes its sum over all processes."""
+        for tensor in () if self.alone else tensors:
+            with reached():
+                distributed.all_reduce(tensor)
 
 
 @contextlib.contextmanager
@@ -157,10 +153,7 @@ class Follower(contextlib.nullcontext):
     def __init__(self):
         super().__init__(self)
         for number in checkpointing.ALL_SIGNALS:
-            signal.signal(number, self._ask)
-
-    def _ask(self, number, frame):
-        self.stopping = number
+            signal.signal(number, lambda number, frame: setattr(self, "stopping", number))
 
     def load(self, default, read):
         return default

@@ -19,7 +19,7 @@ import itertools
 import json
 import math
 import time
-from collections import deque
+from collections import deque, namedtuple
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -63,22 +63,16 @@ class Learning:
     memory: int         # videos over which the weights are averaged
 
 
-@dataclass
-class Preset:
-    sizes: dict         # of magvit.Sizes
-    tokenizer: Learning
-    transformer: Learning
-
-
+Preset = namedtuple("Preset", "sizes tokenizer transformer")     # the sizes of magvit.Sizes
 PRESETS = {
-    "tiny": Preset(     # for two cores: 25 to 40 minutes
+    "tiny": Preset(     # for two cores: 25 minutes
         dict(width=64, encoder_blocks=1, decoder_blocks=2, dim=128, layers=3, heads=4, chain=96),
-        Learning(batch=32, videos=200_000, rate=1e-3, decay=0.01, memory=32_000),
-        Learning(batch=32, videos=1_500_000, rate=2e-3, decay=0.045, memory=32_000)),
-    "small": Preset(    # for one large GPU: five minutes
+        Learning(batch=32, videos=150_000, rate=4e-3, decay=0.01, memory=32_000),
+        Learning(batch=96, videos=1_850_000, rate=3.5e-3, decay=0.045, memory=32_000)),
+    "small": Preset(    # for one large GPU: three minutes
         dict(width=128, encoder_blocks=2, decoder_blocks=3, dim=256, layers=6, heads=8, chain=192),
-        Learning(batch=512, videos=6_000_000, rate=1.4e-3, decay=0.01, memory=256_000),
-        Learning(batch=1024, videos=26_000_000, rate=2e-3, decay=0.045, memory=256_000))}
+        Learning(batch=512, videos=4_500_000, rate=4e-3, decay=0.01, memory=256_000),
+        Learning(batch=1024, videos=24_000_000, rate=2e-3, decay=0.045, memory=256_000))}
 BETAS = (0.9, 0.99)
 WARM_UP = 0.03          # of a phase's steps, until the learning rate is at its peak
 LOOKS = 40              # validations a phase, at most
@@ -146,8 +140,7 @@ def train(settings, processes):
                             for which in (TRAIN, VALIDATION))
 
     # The model. Its first weights are drawn on the CPU: the same ones on every device.
-    auto = "small" if on_gpu else "tiny"
-    name = auto if settings.preset == "auto" else settings.preset
+    name = settings.preset if settings.preset != "auto" else "small" if on_gpu else "tiny"
     torch.manual_seed(settings.seed)
     model = magvit.Magvit(magvit.Sizes(**PRESETS[name].sizes), data.videos.shape[1:], data.classes)
     model.to(device).requires_grad_(False).eval()
@@ -190,7 +183,6 @@ def train(settings, processes):
             else:
                 run.update(done, **{"Train loss": "not known yet", "Val loss": "not known yet"})
             if phase is phases[-1]:
-                run.log(f"{phase.name}: encoding all videos once, in {TURNS} turns each")
                 for chunk, share in learner.encode():
                     run.update(done, Epoch=phase.epoch_at(done),
                                Phase=f"{phase.name}, encoding the videos: {share:.0%}")
@@ -294,7 +286,7 @@ def phases_of(settings, preset, model, training_videos):
     """The phases with their epochs: as many as the preset's videos make, fewer of dearer videos.
 
     A video's cost goes with its places. What it teaches grows with them too, but more slowly: so
-    the work may grow, with the fourth root.
+    the work may grow, with the square root.
     """
     cost = max(1, model.shape[0] * model.places / 8)
     phases = []
@@ -302,7 +294,7 @@ def phases_of(settings, preset, model, training_videos):
         learning = getattr(preset, name)
         batch = min(settings.batch_size or learning.batch, training_videos)
         epoch_steps = training_videos // batch
-        epochs = max(1, round(learning.videos / cost**0.75 / (epoch_steps * batch)))
+        epochs = max(1, round(learning.videos / cost**0.5 / (epoch_steps * batch)))
         phases.append(Phase(name, learning, batch, epoch_steps, epochs, 0))
     if settings.epochs:
         share = phases[0].epochs / (phases[0].epochs + phases[1].epochs)
@@ -318,7 +310,7 @@ def phases_of(settings, preset, model, training_videos):
 # that one process alone would have.
 
 ALL = slice(None)
-FILL = 0.25             # weight of the places beside the class
+FILL = 0.5              # weight of the places beside the class
 
 
 def reconstruction_loss(painted, video, share=ALL):
@@ -333,12 +325,12 @@ def reconstruction_loss(painted, video, share=ALL):
     return error.square().sum() / energy + fair
 
 
-def masked_loss(transformer, codes, labels, hidden, label_hidden, pick, share=ALL):
+def masked_loss(transformer, codes, labels, hidden, label_hidden, most=None, share=ALL):
     """Cross entropy of the hidden numbers and of the hidden classes. The masks are those of the
     whole batch, codes and labels those of its part `share`.
 
-    pick: compute only what counts, which on a CPU saves half; on a GPU changing shapes would cost
-    more than that.
+    Only what counts is told number by number, which saves half. A GPU must know before how many
+    places that are, or `most`; those beyond it are left out.
     """
     # Sampling goes frame by frame, so the first hidden frame matters most; the later ones teach
     # where it leads, and weigh less with the square of how far ahead they lie.
@@ -349,9 +341,8 @@ def masked_loss(transformer, codes, labels, hidden, label_hidden, pick, share=AL
     hidden, label_hidden = hidden[share], label_hidden[share]
     state, states = transformer(codes, hidden, labels, label_hidden)
     states, answers = states.flatten(0, 1), codes.flatten(0, 2)
-    if pick:
-        counts = weight.nonzero()[:, 0]
-        states, answers, weight = states[counts], answers[counts], weight[counts]
+    counts = (weight == 0).byte().argsort(stable=True)[:most or weight.count_nonzero()]
+    states, answers, weight = states[counts], answers[counts], weight[counts]
     logits = transformer.logits(states, answers)
     loss = F.cross_entropy(logits.flatten(0, 1), answers.flatten(), reduction="none")
     fill = (loss.view(answers.shape).sum(1) * weight).sum() / weighed
@@ -393,6 +384,19 @@ def turned(videos, turn):
     return videos.transpose(-1, -2) if turn & 4 and not oblong else videos
 
 
+def together(parameters):
+    """One vector that all of them become parts of, each at a multiple of 64 bytes."""
+    vector = torch.cat([F.pad(p.data.flatten(), (0, -p.numel() % 16)) for p in parameters])
+    for p, part in zip(parameters, parts_of(vector, parameters)):
+        p.data = part
+    return vector
+
+
+def parts_of(vector, parameters):
+    parts = vector.split([p.numel() + -p.numel() % 16 for p in parameters])
+    return [part[:p.numel()].view_as(p) for part, p in zip(parts, parameters)]
+
+
 class Learner:
     """A network that learns, its average, and the optimiser between them, for one phase.
 
@@ -414,18 +418,21 @@ class Learner:
         self.average = getattr(model, phase.name)
         self.network = copy.deepcopy(self.average).requires_grad_(True).train()
         self.parameters = list(self.network.parameters())
-        self.averages = list(self.average.parameters())
+        # All parameters in one vector: a few operations then update what would take hundreds.
+        self.vector = together(self.parameters)
+        self.averages = together(list(self.average.parameters()))
+        self.vector.grad = torch.zeros_like(self.vector)
         self.at = torch.zeros(1, dtype=torch.long, device=self.device)   # steps of this phase
         self.loss_sum = torch.zeros((), device=self.device)              # since the last look
         self.schedule = schedule(phase).to(self.device)
         self.rate = torch.zeros((), device=self.device)
         self.optimizer = torch.optim.AdamW(
-            self.parameters, lr=self.rate, betas=BETAS, weight_decay=phase.learning.decay,
+            [self.vector], lr=self.rate, betas=BETAS, weight_decay=phase.learning.decay,
             fused=True, capturable=self.device.type == "cuda")
-        for p in self.parameters:   # at once, so that a restart and a graph find them in place
-            self.optimizer.state[p] = {"step": torch.zeros((), device=self.device),
-                                       "exp_avg": torch.zeros_like(p),
-                                       "exp_avg_sq": torch.zeros_like(p)}
+        self.moments = {"step": torch.zeros((), device=self.device),
+                        "exp_avg": torch.zeros_like(self.vector),
+                        "exp_avg_sq": torch.zeros_like(self.vector)}
+        self.optimizer.state[self.vector] = self.moments    # a restart and a graph find it in place
         self.batch_loss = self._batch_loss if self.device.type != "cuda" else torch.compile(
             self._batch_loss, fullgraph=True, dynamic=False)
 
@@ -437,8 +444,7 @@ class Learner:
         rows = torch.cat([self.training, self.validation])
         for number, chunk in enumerate(rows.split(max(1, self.phase.batch // TURNS))):
             mine = chunk[slice(*self.processes.share(len(chunk)))]
-            with torch.no_grad():
-                made = self.model.encode(self.read(mine.repeat(TURNS)))
+            made = self.model.encode(self.read(mine.repeat(TURNS)))
             codes[:, mine] = made.byte().unflatten(0, (TURNS, len(mine)))
             yield number, (chunk[-1].item() + 1) / len(rows)
         self.processes.add([codes])
@@ -473,27 +479,28 @@ class Learner:
                 video = read.float() / 255
                 return reconstruction_loss(network(video[share]), video, share)
             masks = draw_masks(key, number, *read.shape[:3])
-            return masked_loss(network, read[share].long(), labels[share], *masks,
-                               self.device.type == "cpu", share)
+            codes, most = read[share].long(), None
+            if self.device.type == "cuda":      # about two fifths count, of a large batch
+                most = 16 + codes[..., 0].numel() * 9 // 16
+            return masked_loss(network, codes, labels[share], *masks, most, share)
 
     def _batch_loss(self):
         return self.loss(self.network, *self.fed, self.masks, self.at[0], self.share)
 
     def step(self):
         """One optimiser step. Never waits for the device."""
-        self.optimizer.zero_grad()
-        loss = self.batch_loss()
-        loss.backward()
+        loss, gradient = self.batch_loss(), self.vector.grad
+        gradients = torch.autograd.grad(loss, self.parameters)
         loss = loss.detach()
-        self.processes.add([loss, *[p.grad for p in self.parameters]])
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
-        rate, share = self.schedule.index_select(0, self.at)[0].unbind()
-        self.rate.copy_(rate)
-        self.optimizer.step()
         with torch.no_grad():
-            change = torch._foreach_sub(self.parameters, self.averages)
-            torch._foreach_mul_(change, share)
-            torch._foreach_add_(self.averages, change)
+            torch._foreach_copy_(parts_of(gradient, self.parameters), gradients)
+            self.processes.add([loss, gradient])
+            norm = gradient.norm()
+            gradient *= (1 / (norm + 1e-6)).clamp(max=1)
+            rate, share = self.schedule.index_select(0, self.at)[0].unbind()
+            self.rate.copy_(rate)
+            self.optimizer.step()
+            self.averages.lerp_(self.vector, share)
             self.loss_sum += loss + 0 * norm   # not finite if either is not
             self.at += 1
 
@@ -511,18 +518,17 @@ class Learner:
     def validation_loss(self):
         """Of the average, on at most 1,000 validation videos, with the same masks every time."""
         key, total = magvit.key(self.seed, "validation"), 0
-        with torch.no_grad():
-            for i, chunk in enumerate(self.validation.split(self.phase.batch)):
-                read = (self.videos[self.shown[chunk]] if self.codes is None else
-                        self.codes[0, chunk])
-                number = torch.tensor(i, device=self.device)
-                total = total + len(chunk) * self.loss(
-                    self.average, read, self.labels[chunk], key, number)
+        for i, chunk in enumerate(self.validation.split(self.phase.batch)):
+            number = torch.tensor(i, device=self.device)
+            total = total + len(chunk) * self.loss(
+                self.average, self.read(chunk), self.labels[chunk], key, number)
         return total.item() / len(self.validation)
 
     def tensors(self):
         """All that a step changes, but for the average, which is in the model."""
-        moments = [t for p in self.parameters for t in self.optimizer.state[p].values()]
+        step, *moments = self.moments.values()
+        pairs = zip(*[parts_of(vector, self.parameters) for vector in moments])
+        moments = [tensor for pair in pairs for tensor in (step, *pair)]
         return [*self.parameters, *moments, self.at, self.loss_sum]
 
     def restore(self, kept):
@@ -543,7 +549,7 @@ def schedule(phase):
 def captured(learner, log):
     """learner.step as one CUDA graph: a function that replays it, on what feed() lays out."""
     log(f"{learner.phase.name}: compiling; it takes half a minute or less")
-    changed = [*learner.tensors(), *learner.averages]
+    changed = [*learner.tensors(), learner.averages]
     kept = [tensor.detach().clone() for tensor in changed]
     learner.feed(0)     # from here on it stays where the graph reads it
     aside = torch.cuda.Stream()
@@ -551,8 +557,7 @@ def captured(learner, log):
     with torch.cuda.stream(aside):   # compiles, and lets every library make its own preparations
         for _ in range(3):
             learner.step()
-    torch.cuda.current_stream().wait_stream(aside)
-    graph = torch.cuda.CUDAGraph()
+    graph = torch.cuda.CUDAGraph()      # whose capture waits for all streams
     # Not "global": with several processes NCCL's own thread asks for events all the while.
     with torch.cuda.graph(graph, capture_error_mode="thread_local"):
         learner.step()
@@ -569,20 +574,17 @@ def captured(learner, log):
 class Pace:
     """How long the rest will take at the speed of the last two minutes or so, in videos."""
 
-    FIRST, EVERY = 2, 5     # seconds before the first measurement, and between two
-    RECENT = 24             # measurements that the speed is taken from
-
     def __init__(self, phases, done):
         self.phases = phases
-        self.seen = deque([(time.monotonic(), self.to_come(done))], self.RECENT)
+        self.seen = deque([(time.monotonic(), self.to_come(done))], 24)
 
     def to_come(self, done):
         """Videos that will be shown after step `done`."""
         return sum(p.batch * max(0, p.stop - max(done, p.start)) for p in self.phases)
 
     def is_due(self):
-        seconds = self.EVERY if len(self.seen) > 1 else self.FIRST
-        return time.monotonic() - self.seen[-1][0] > seconds
+        """Two seconds after the start, then every five."""
+        return time.monotonic() - self.seen[-1][0] > (5 if len(self.seen) > 1 else 2)
 
     def left(self, done):
         """Measures: seconds to the end of the training."""
@@ -610,8 +612,7 @@ class Results:
             files["final_model.pt"] = magvit.saved(self.model.state(state["model"]))
         files["history.json"] = (json.dumps(state["history"], indent=1) + "\n").encode()
         buffer = io.BytesIO()
-        with torch.no_grad():
-            np.savez_compressed(buffer, **self.samples(state["done"], bool(best)))
+        np.savez_compressed(buffer, **self.samples(state["done"], bool(best)))
         files["samples.npz"] = buffer.getvalue()
         for name, content in files.items():
             path = self.out / name

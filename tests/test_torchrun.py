@@ -124,28 +124,22 @@ def test_a_killed_worker_is_restarted_to_the_same_bits(data, whole, tmp_path):
 
 
 @pytest.mark.thorough
-def test_a_signal_to_the_group_saves_and_leaves_nothing_behind(data, whole, tmp_path):
+def test_a_signal_to_the_group_or_to_one_worker_saves_and_leaves_nothing_behind(data, whole,
+                                                                               tmp_path):
     """Ctrl-C, too: torchrun passes it on, once."""
-    for phase, number in (("tokenizer", signal.SIGINT), ("transformer", signal.SIGTERM)):
+    for phase, number, one in (("tokenizer", signal.SIGINT, False),
+                               ("transformer", signal.SIGTERM, False), ("", signal.SIGTERM, True)):
         group = torchrun(data, tmp_path)
-        at_work(tmp_path, group, phase=phase)
-        os.killpg(group.pid, number)
+        follower = at_work(tmp_path, group, phase=phase)[1]
+        os.kill(follower, number) if one else os.killpg(group.pid, number)
         output = ended(group, code=1)       # torchrun's own word for a signal
         said = read_progress(tmp_path / "PROGRESS.txt")
         assert said["Status"] == "INTERRUPTED"
         assert output.count(f"stopped ({signal.Signals(number).name})") == 1
+        assert not one or "exitcode  : 143" in output, output
         assert newest(tmp_path) == int(said["Progress"].split("/")[0]) > 0
     ended(torchrun(data, tmp_path))
     same_results(tmp_path, whole)
-
-
-@pytest.mark.thorough
-def test_sigterm_to_one_worker_stops_all_with_143(data, tmp_path):
-    group = torchrun(data, tmp_path)
-    os.kill(at_work(tmp_path, group)[1], signal.SIGTERM)
-    output = ended(group, code=1)
-    assert output.count("stopped (SIGTERM)") == 1 and "exitcode  : 143" in output, output
-    assert read_progress(tmp_path / "PROGRESS.txt")["Status"] == "INTERRUPTED"
 
 
 @pytest.mark.thorough
@@ -165,38 +159,25 @@ def test_a_run_goes_on_on_two_devices_and_back(data, whole, tmp_path):
     assert np.allclose(losses(tmp_path), losses(whole), rtol=2e-4)
 
 
-LINES = re.search(r"```bash\n(torchrun .*?)```", (ROOT / "docs/devices.md").read_text(), re.S)[1]
-
-
-def typed(beginning, data, out, place, change=lambda line: line, **stubs):
-    """The line that begins so, for two short CPU processes, where `torchrun` and the stubs are
-    programs."""
-    place.mkdir(exist_ok=True)
-    (place / "job.py").write_text(JOB)
-    line = next(line for line in LINES.splitlines() if line.startswith(beginning))
-    more = " ".join(map(str, ("--data", data, "--out", out, *SHORT)))
-    line = line.replace("=gpu", "=2").replace("train_magvit.py", f"{place}/job.py {more}")
-    programs = {"torchrun": f'exec {sys.executable} -m torch.distributed.run "$@"', **stubs}
-    for name, text in programs.items():
-        (place / name).write_text(f"#!/bin/bash\n{text}\n")
-        (place / name).chmod(0o755)
-    return marked(["bash", "-c", change(line)], PATH=f"{place}:{os.environ['PATH']}")
-
-
 @pytest.mark.thorough
 @pytest.mark.timeout(400)
 def test_the_line_for_two_machines_and_a_worker_killed_on_either(data, whole, tmp_path):
     """The agent whose worker lives counts no restart; both must meet anew all the same."""
+    lines = (ROOT / "docs/devices.md").read_text().splitlines()
+    line = next(line for line in lines if line.startswith("torchrun --nnodes=2"))
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-
-    def change(line):
-        line = line.replace("FIRST:29500", f"localhost:{port}")
-        return "OMP_NUM_THREADS=1 " + line.replace("--nproc_per_node=2", "--nproc_per_node=1")
+    (tmp_path / "job.py").write_text(JOB)
     out = tmp_path / "run"
-    machines = [typed("torchrun --nnodes=2", data, out, tmp_path / f"bin{k}", change)
-                for k in range(2)]
+    for old, new in (
+            ("torchrun ", f"{sys.executable} -m torch.distributed.run "),
+            ("FIRST:29500", f"localhost:{port}"), ("nproc_per_node=gpu", "nproc_per_node=1"),
+            ("train_magvit.py", " ".join(map(str, (tmp_path / "job.py", "--data", data, "--out",
+                                                   out, *SHORT))))):
+        assert old in line
+        line = line.replace(old, new)
+    machines = [marked(["bash", "-c", line], OMP_NUM_THREADS="1") for _ in range(2)]
     for phase, rank in (("tokenizer", 1), ("transformer", 0)):
         kill_worker(at_work(out, *machines, phase=phase)[rank], *machines)
     output = [ended(machine) for machine in machines]
@@ -205,35 +186,15 @@ def test_the_line_for_two_machines_and_a_worker_killed_on_either(data, whole, tm
 
 
 @pytest.mark.thorough
-def test_the_line_for_slurm(data, whole, tmp_path):
-    """A stub of sbatch that ends the job's time once, and starts it again if it was requeued."""
-    sbatch = f"""
-for option; do case $option in --wrap=*) task=${{option#--wrap=}};; esac; done
-export SLURM_JOB_ID=7
-bash -c "$task" & job=$!
-until grep -qs '^Phase: transformer' {tmp_path}/run/PROGRESS.txt; do sleep 0.05; done
-kill -TERM $job; wait $job
-[ -e {tmp_path}/requeued.7 ] && exec bash -c "$task"
-"""
-    group = typed("sbatch", data, tmp_path / "run", tmp_path / "bin", sbatch=sbatch,
-                  scontrol=f"echo $1 >> {tmp_path}/requeued.$2")
-    ended(group)
-    assert (tmp_path / "requeued.7").read_text() == "requeue\n"
-    same_results(tmp_path / "run", whole)
-
-
-def said_once(group, words):
-    output = ended(group, code=1)
-    ours = rf'File "{re.escape(str(ROOT))}/\w+\.py'    # a trace of ours; torchrun's stays
-    assert output.count(words) == 1 and not re.search(ours, output), output
-
-
-@pytest.mark.thorough
 def test_refusals_are_said_once(data, whole, tmp_path):
-    said_once(torchrun(data, whole, "--seed", 8), "started with other settings")
-    said_once(torchrun(data, tmp_path / "fresh", "--fresh"), "--fresh would start over")
     other = tmp_path / "other.npz"      # as on two machines with different copies
     np.savez(other, **data_set(seed=1))
     change = f"if os.environ['RANK'] == '1': sys.argv[2] = {str(other)!r}\n"
-    said_once(torchrun(data, tmp_path / "run", job=JOB.replace("train_magvit.main", change
-              + "train_magvit.main")), "is not the same for all processes")
+    elsewhere = JOB.replace("train_magvit.main", change + "train_magvit.main")
+    for group, words in (
+            (torchrun(data, whole, "--seed", 8), "started with other settings"),
+            (torchrun(data, tmp_path / "fresh", "--fresh"), "--fresh would start over"),
+            (torchrun(data, tmp_path / "run", job=elsewhere), "is not the same for all processes")):
+        output = ended(group, code=1)
+        ours = rf'File "{re.escape(str(ROOT))}/\w+\.py'    # a trace of ours; torchrun's stays
+        assert output.count(words) == 1 and not re.search(ours, output), output

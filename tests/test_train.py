@@ -118,26 +118,16 @@ def test_the_command_line_trains_to_the_same_bits(data, whole, tmp_path):
     assert read_progress(tmp_path / "evaluation" / "PROGRESS.txt")["Status"] == "COMPLETE"
 
 
-@pytest.mark.thorough
-def test_the_larger_preset_is_exact_too(data, tmp_path):
-    more = {"preset": "small", "epochs": 4, "batch_size": 64}
-    train(data, tmp_path / "whole", **more)
-    for reached in (3, 12):
-        process = started(data, tmp_path / "cut", "--max-minutes", 1e-6, "--preset", "small",
-                          "--epochs", 4, "--batch-size", 64)
-        wait_for(lambda: newest(tmp_path / "cut") >= reached, f"checkpoint {reached}")
-        kill(process)
-    train(data, tmp_path / "cut", **more)
-    same_results(tmp_path / "cut", tmp_path / "whole")
-
-
-def test_a_damaged_checkpoint_falls_back_to_the_end_of_the_phase_before(data, whole, tmp_path,
-                                                                        capsys):
-    """That one holds no optimiser: the one that is needed belongs to the next phase."""
+def test_what_is_damaged_or_gone_is_made_again_from_the_checkpoint_before(data, whole, tmp_path,
+                                                                          capsys):
+    """The one at the end of the first phase holds no optimiser: the next phase needs another."""
     out = shutil.copytree(whole, tmp_path / "run")
-    last = out / "checkpoint_00025.pt"
+    last, model = out / "checkpoint_00025.pt", bytearray((out / "best_model.pt").read_bytes())
     last.write_bytes(last.read_bytes()[:-1000])
-    for name in ("checkpoint_00011.pt", *RESULTS):
+    model[len(model) // 2] ^= 1
+    (out / "best_model.pt").write_bytes(model)
+    (out / "history.json").write_text("[")
+    for name in ("checkpoint_00011.pt", "final_model.pt", "samples.npz"):
         (out / name).unlink(missing_ok=True)
     train(data, out)
     assert "set aside" in capsys.readouterr().err.lower()
@@ -145,7 +135,7 @@ def test_a_damaged_checkpoint_falls_back_to_the_end_of_the_phase_before(data, wh
 
 
 @pytest.mark.parametrize("number, epochs, seen", [
-    (signal.SIGINT, 5000, r"Train loss: \d"), (signal.SIGTERM, 6, "Phase: .*encoding the videos: ")])
+    (signal.SIGINT, 5000, r"Train loss: \d"), (signal.SIGTERM, 6, "Phase: .*encoding")])
 def test_a_signal_saves_and_leaves(data, tmp_path, number, epochs, seen):
     process = started(data, tmp_path, "--epochs", epochs, "--heartbeat", 0.01)
     wait_for(lambda: re.search(seen, (tmp_path / "PROGRESS.txt").read_text())
@@ -162,15 +152,12 @@ def test_a_signal_saves_and_leaves(data, tmp_path, number, epochs, seen):
 # -- what a run leaves, and what follows from its state
 
 
-def test_a_complete_run_called_again_changes_nothing(data, whole, tmp_path):
+def test_what_a_run_leaves_and_that_calling_it_again_changes_nothing(data, whole):
     def content():
         return {p: p.read_bytes() for p in whole.rglob("*") if p.is_file() and p.name != ".lock"}
     before = content()
     train(data, whole)
     assert content() == before
-
-
-def test_what_a_run_leaves(whole):
     history = json.loads((whole / "history.json").read_text())
     assert [row["step"] for row in history] == [10, 13, 16, 19, 22, 25]
     assert [row["phase"] for row in history] == ["tokenizer"] + 5 * ["transformer"]
@@ -186,19 +173,6 @@ def test_what_a_run_leaves(whole):
     run("runs.py", "verify", whole)
 
 
-def test_results_that_are_damaged_or_gone_are_made_again(data, whole, tmp_path):
-    """They follow from the state: a kill before they were written, a flipped byte, a torn copy."""
-    out = shutil.copytree(whole, tmp_path / "run")
-    content = bytearray((out / "best_model.pt").read_bytes())
-    content[len(content) // 2] ^= 1
-    (out / "best_model.pt").write_bytes(content)
-    (out / "final_model.pt").unlink()
-    (out / "history.json").write_text("[")
-    (out / "samples.npz").write_bytes(b"")
-    train(data, out)
-    same_results(out, whole)
-
-
 def test_the_progress_tells_of_the_phase_that_runs_and_never_goes_back(data, tmp_path, monkeypatch):
     said, plain, pages = [], checkpointing.Run.update, []
 
@@ -209,15 +183,15 @@ def test_the_progress_tells_of_the_phase_that_runs_and_never_goes_back(data, tmp
     monkeypatch.setattr(report, "refresh", lambda out: pages.append(len(said)))
     monkeypatch.setattr(tm.Pace, "is_due", lambda pace: True)
     train(data, tmp_path)
-    numbers = [done for done, _, _ in said]
-    assert numbers == sorted(numbers) and numbers[-1] == 25
+    assert [done for done, _, _ in said] == sorted(done for done, _, _ in said)
     for (_, before, _), (_, now, _) in zip(said, said[1:]):
-        if before.get("Phase") != now.get("Phase"):
+        if before.get("Phase", "").split(",")[0] != now.get("Phase", "").split(",")[0]:
             assert now["Train loss"] == now["Val loss"] == "not known yet"
             assert now["Epoch"].startswith("1/")
+    assert sum("encoding the videos: 100%" in fields["Phase"] for _, fields, _ in said[3:]) == 1
     first = next(entry for entry in said if entry[1]["Train loss"] != "not known yet")
     assert first[0] == 1 and first[1]["Epoch"] == "1/1" and first[2] is not None
-    assert pages and said[pages[0] - 1] == first      # the page can show it at once
+    assert said[pages[0] - 1] == first      # the page can show it at once
 
 
 def test_a_loss_that_is_not_finite_is_never_saved(data, tmp_path, monkeypatch, capsys):
@@ -270,14 +244,13 @@ def test_a_refused_start_is_one_line_and_leaves_no_directory(data, tmp_path, mon
         monkeypatch.setenv(name, "2")
         assert "unset RANK WORLD_SIZE" in refused(data, out, capsys)
     assert not out.exists()
-    for more, words in ((("--epochs", "1"), "--epochs must be"), (("--preset", "x"), "--preset"),
-                        (("--out", ""), "--out is empty"), (("--batch-size", "-1"), "--batch-size"),
-                        (("--heartbeat", "nan"), "--heartbeat")):
-        monkeypatch.setattr(sys, "argv", ["train_magvit.py", *more])
+    for option, value in (("epochs", 1), ("preset", "x"), ("out", ""), ("batch-size", -1),
+                          ("heartbeat", "nan")):
+        monkeypatch.setattr(sys, "argv", ["train_magvit.py", f"--{option}={value}"])
         with pytest.raises(SystemExit) as stop:
             tm.main()
         error = capsys.readouterr().err
-        assert stop.value.code == 2 and words in error and len(error.splitlines()) == 1
+        assert stop.value.code == 2 and f"--{option}" in error and len(error.splitlines()) == 1
 
 
 def test_a_missing_torch_is_one_line(tmp_path):
@@ -288,14 +261,10 @@ def test_a_missing_torch_is_one_line(tmp_path):
     assert "torch is not installed" in done.stderr and "pip install" in done.stderr
 
 
-class Evil:
-    def __reduce__(self):
-        return (os.system, ("touch pwned",))
-
-
-def test_files_that_hide_code_are_refused_by_name_and_not_run(data, whole, tmp_path, monkeypatch,
-                                                              capsys):
-    monkeypatch.chdir(tmp_path)
+def test_files_that_hide_code_are_refused_by_name_and_not_run(data, whole, tmp_path, capsys):
+    class Evil:
+        def __reduce__(self):
+            return (os.system, (f"touch {tmp_path}/pwned",))
     torch.save({"format": magvit.FORMAT, "sizes": Evil()}, tmp_path / "model.pt")
     with pytest.raises(CheckpointError, match="model.pt: not a"):
         magvit.Magvit.load(tmp_path / "model.pt", torch.device("cpu"))
@@ -304,16 +273,6 @@ def test_files_that_hide_code_are_refused_by_name_and_not_run(data, whole, tmp_p
         brought.save(1, write=lambda file: torch.save({"done": Evil()}, file))
     assert "checkpoint_00001.pt" in refused(data, tmp_path / "run", capsys, code=1)
     assert not (tmp_path / "pwned").exists()
-
-
-@pytest.mark.thorough
-def test_a_full_disk_is_one_line_and_loses_nothing(data, whole, tmp_path, small_disk, capsys):
-    disk = small_disk(30 << 20)      # for the first states, not for all that a run leaves
-    assert "are free" in refused(data, disk / "run", capsys, code=1)
-    assert newest(disk / "run") > 0
-    subprocess.run(["mount", "-o", "remount,size=400m", disk], check=True)
-    train(data, disk / "run")
-    same_results(disk / "run", whole)
 
 
 # -- one step, on a CPU as it is, on a GPU as a graph

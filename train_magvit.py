@@ -421,7 +421,8 @@ class Learner:
         # All parameters in one vector: a few operations then update what would take hundreds.
         self.vector = together(self.parameters)
         self.averages = together(list(self.average.parameters()))
-        self.vector.grad = torch.zeros_like(self.vector)
+        self.gradient = self.vector.grad = torch.zeros_like(self.vector)
+        self.gradients = parts_of(self.gradient, self.parameters)
         self.at = torch.zeros(1, dtype=torch.long, device=self.device)   # steps of this phase
         self.loss_sum = torch.zeros((), device=self.device)              # since the last look
         self.schedule = schedule(phase).to(self.device)
@@ -489,14 +490,13 @@ class Learner:
 
     def step(self):
         """One optimiser step. Never waits for the device."""
-        loss, gradient = self.batch_loss(), self.vector.grad
+        loss = self.batch_loss()
         gradients = torch.autograd.grad(loss, self.parameters)
-        loss = loss.detach()
         with torch.no_grad():
-            torch._foreach_copy_(parts_of(gradient, self.parameters), gradients)
-            self.processes.add([loss, gradient])
-            norm = gradient.norm()
-            gradient *= (1 / (norm + 1e-6)).clamp(max=1)
+            torch._foreach_copy_(self.gradients, gradients)
+            self.processes.add([loss, self.gradient])
+            norm = self.gradient.norm()
+            self.gradient *= (1 / (norm + 1e-6)).clamp(max=1)
             rate, share = self.schedule.index_select(0, self.at)[0].unbind()
             self.rate.copy_(rate)
             self.optimizer.step()

@@ -152,7 +152,7 @@ def train(settings, processes):
         signals=checkpointing.ALL_SIGNALS, settings={
             "preset": name, "epochs": settings.epochs, "batch_size": settings.batch_size,
             "seed": settings.seed, "videos": len(data.videos), "shape": list(model.shape),
-            "data": digest}) if processes.leads else Follower()
+            "data": digest, "steps": [p.steps for p in phases]}) if processes.leads else Follower()
     with run:
         state = processes.given(run.load({}, read=lambda file: torch.load(
             file, map_location="cpu", weights_only=True)))

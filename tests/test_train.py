@@ -217,6 +217,10 @@ def test_other_settings_or_data_are_refused_and_fresh_sets_the_old_run_aside(dat
     other = tmp_path / "other.npz"
     np.savez(other, **data_set(seed=7))
     assert "data was" in refused(other, out, capsys)
+    as_it_is = (out / "run.json").read_text()       # of a version whose phases had other lengths
+    (out / "run.json").write_text(as_it_is.replace('"steps"', '"then"'))
+    assert 'steps was "absent", asked [10, 15]' in refused(data, out, capsys)
+    (out / "run.json").write_text(as_it_is)
     train(data, out, seed=1, fresh=True, epochs=2)
     same_results(tmp_path / "run.old1", whole)
     assert (out / "best_model.pt").read_bytes() != (whole / "best_model.pt").read_bytes()

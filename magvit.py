@@ -551,6 +551,6 @@ class DeviceVideos:
 
     def __getitem__(self, index):
         chosen = self.pixels[index.to(self.pixels.device)]
-        if chosen.device != self.device and self.device.type == "cuda":
+        if self.device.type == "cuda" and not chosen.is_cuda:
             chosen = chosen.pin_memory()    # or the copy would wait for the device
         return chosen.to(self.device, non_blocking=True)

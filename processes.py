@@ -84,6 +84,8 @@ class Processes:
                 yield
                 if not self.alone:
                     distributed.destroy_process_group()
+                if not self.leads:
+                    os._exit(0)     # Python's end behind a group aborts now and then (torch 2.13)
         except SystemExit:      # the leader, after its last word: as above
             if not self.alone and distributed.is_initialized():
                 distributed.destroy_process_group()
@@ -159,8 +161,7 @@ class Follower(contextlib.nullcontext):
         return default
 
     def leave_if_asked(self):
-        # At once: Python's end, with the group still alive, aborts now and then (torch 2.13).
-        os._exit(128 + self.stopping)
+        os._exit(128 + self.stopping)   # as above
 
     def ignore(self, *_, **fields):
         pass

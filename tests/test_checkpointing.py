@@ -3,6 +3,7 @@
 Every job here is a program of its own, most on the standard library alone: 60 ms each. What breaks
 the machine at every single system call, damage of every kind, and power cuts are in prove.py.
 """
+import fcntl
 import json
 import os
 import pty
@@ -405,6 +406,29 @@ assert run.complete
 """))
 
 
+def test_a_save_broken_off_behind_its_rename_by_a_handler_of_the_job_may_be_tried_again(tmp_path):
+    done = finish(program(tmp_path, """
+class Alarm(Exception): pass
+def alarm(number, frame): raise Alarm
+signal.signal(signal.SIGALRM, alarm)
+real = os.replace
+def replace(temp, path):
+    real(temp, path)
+    if "checkpoint_00003" in str(path): os.kill(os.getpid(), signal.SIGALRM)
+with checkpointing.Run("out", 5) as run:
+    run.load()
+    for n in range(1, 6):
+        run.update(n)
+        os.replace = replace
+        try: run.save(n, lambda: n)
+        except Alarm:
+            os.replace = real
+            run.save(n, lambda: n)
+"""))
+    assert "warning" not in done.stderr and numbers(tmp_path / "out") == [3, 4, 5]
+    assert whole(tmp_path) and not list((tmp_path / "out").glob("*.corrupt"))
+
+
 # -- 5. forks and pools
 
 POOL = """
@@ -700,6 +724,19 @@ print("mine")
         assert progress(tmp_path / how)["Status"] == "COMPLETE"
 
 
+def test_an_error_is_not_lost_where_its_reader_is_slow(tmp_path):
+    (tmp_path / "file").touch()
+    path = program(tmp_path, "checkpointing.Run('file').load()")
+    reader, writer = os.pipe()
+    os.write(writer, bytes(fcntl.fcntl(writer, fcntl.F_GETPIPE_SZ)))        # now it is full
+    process = begin(path, stderr=writer)
+    os.close(writer)
+    time.sleep(0.7)
+    with open(reader, "rb") as pipe:
+        assert pipe.read().count(b"error: ") == 1
+    assert process.wait(timeout=60) == 2
+
+
 # -- 8. one writer, and the same settings
 
 def test_the_others_are_told_who_holds_the_directory(tmp_path):
@@ -749,6 +786,16 @@ with checkpointing.Run("out", 3 + len(sys.argv), settings={**settings, "seed": s
     assert not finish(path, 1, "without", "load()", code=1).stdout      # or it would begin anew
 
 
+def test_numbers_of_numpy_are_taken_wherever_a_number_is(tmp_path):
+    number = pytest.importorskip("numpy").int64
+    with Run(tmp_path, number(60), first=number(40), every=number(20), suffix=".json") as job:
+        for piece in job.pieces():
+            piece.save(repr([(int(a), int(b)) for a, b in piece.blocks(number(15))]))
+            job.update(number(piece.done - 40), Loss=number(3))
+    assert numbers(tmp_path) == [40, 60, 80] and progress(tmp_path)["Loss"] == "3"
+    assert (tmp_path / "checkpoint_00060.json").read_text() == "[(60, 75), (75, 80)]"
+
+
 # -- 9. the disk
 
 def test_a_disk_that_fills_up_is_one_line_and_the_restart_goes_on(small_disk, tmp_path):
@@ -782,6 +829,20 @@ with checkpointing.Run("out", 10, every=1, suffix=".bin") as run:
         done = subprocess.run(["bash", "-c", line.replace("python", sys.executable)], text=True,
                               cwd=tmp_path, stderr=subprocess.PIPE)
         assert done.returncode in (1, 2) and done.stderr.count("\n") == 1, done.stderr
+
+
+def test_what_a_disk_or_a_place_lacks_is_said_as_what_it_is(small_disk, tmp_path):
+    disk = small_disk()
+    subprocess.run(["mount", "-o", "remount,nr_inodes=12", disk], check=True)
+    path = program(disk, STEPS + "    open(f'{i}.empty', 'x')\n    run.every = 1\n")
+    assert "inode" in finish(path, code=1).stderr
+    (tmp_path / "file").touch()
+    (tmp_path / "link").symlink_to("nowhere")
+    path = program(tmp_path, "checkpointing.Run(sys.argv[1]).load()")
+    for place, words in (("file", "file"), ("link", "a link that leads nowhere"),
+                         (300 * "x", "too long")):
+        [line] = finish(path, place, code=2).stderr.splitlines()
+        assert words in line and "no directory can be made here" in line
 
 
 # -- 10. map

@@ -111,10 +111,9 @@ def main():
 
 
 # --------------------------------------------------------------------------------------------------
-# The training, from wherever it was to its end
+# The training, from wherever it was to its end; returns the data
 
 def train(settings, processes):
-    """Returns the data."""
     device, out = magvit.open_device(settings.device), Path(settings.out)
     on_gpu = device.type == "cuda"
     processes.join(device)
@@ -156,8 +155,7 @@ def train(settings, processes):
     with run:
         state = processes.given(run.load({}, read=lambda file: torch.load(
             file, map_location="cpu", weights_only=True)))
-        done = state.get("done", 0)
-        history, best = state.get("history", []), state.get("best")
+        done, history, best = state.get("done", 0), state.get("history", []), state.get("best")
         # What decides the last bits of a result, beside the settings.
         here = {"torch": str(torch.__version__), "processes": processes.count, **(
             {"device": torch.cuda.get_device_name()} if on_gpu else
@@ -171,7 +169,6 @@ def train(settings, processes):
             for key, was in state["machine"].items():
                 if here.get(key, was) != was:
                     run.log(f"{key} was {was}, is {here[key]}: the last bits will be others")
-
         saved_at = time.monotonic()
         for phase in phases:
             if done >= phase.stop:
@@ -272,6 +269,7 @@ class Phase:
     epoch_steps: int
     epochs: int
     start: int          # number of its first step
+    rate: float         # at its peak
 
     steps = property(lambda self: self.epochs * self.epoch_steps)
     stop = property(lambda self: self.start + self.steps)
@@ -295,7 +293,10 @@ def phases_of(settings, preset, model, training_videos):
         batch = min(settings.batch_size or learning.batch, training_videos)
         epoch_steps = training_videos // batch
         epochs = max(1, round(learning.videos / cost**0.5 / (epoch_steps * batch)))
-        phases.append(Phase(name, learning, batch, epoch_steps, epochs, 0))
+        rate = learning.rate * math.sqrt(batch / learning.batch)
+        if name == "tokenizer":     # at 4e-3 a slot of 16x64x64 RGB collapsed to a single code
+            rate /= cost**0.5
+        phases.append(Phase(name, learning, batch, epoch_steps, epochs, 0, rate))
     if settings.epochs:
         share = phases[0].epochs / (phases[0].epochs + phases[1].epochs)
         first = min(max(1, round(settings.epochs * share)), settings.epochs - 1)
@@ -539,8 +540,7 @@ class Learner:
 def schedule(phase):
     """float32 (steps, 2): the learning rate, and the weight of the new in the average."""
     steps, at = phase.steps, np.arange(phase.steps + 8)     # so far captured() may look ahead
-    peak = phase.learning.rate * math.sqrt(phase.batch / phase.learning.batch)
-    rate = peak * np.minimum(1, (at + 1) / (WARM_UP * steps + 1)) * (
+    rate = phase.rate * np.minimum(1, (at + 1) / (WARM_UP * steps + 1)) * (
         0.505 + 0.495 * np.cos(math.pi * at / steps))
     share = np.maximum(phase.batch / phase.learning.memory, 9 / (at + 10))
     return torch.from_numpy(np.stack([rate, share], 1).astype(np.float32))

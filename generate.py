@@ -54,11 +54,6 @@ class Settings:
     heartbeat: float = option(30.0, "seconds between two writes of PROGRESS.txt")
     max_minutes: float = option(5.0, "minutes after which a checkpoint is saved if not full, too")
 
-    def decisive(self):
-        """What decides the bytes of a sample, or which samples there are: run.json keeps it."""
-        names = "n", "seed", "frames", "size", "channels", "augment", "shard"
-        return {"recipe": RECIPE, **{name: getattr(self, name) for name in names}}
-
 
 def main():
     parser, settings = parse_settings(Settings, "Render trajectory videos into checkpoints.")
@@ -71,9 +66,12 @@ def main():
         first, stop = settings.n * (part - 1) // parts, settings.n * part // parts
         out = f"{out}/shard_{part}_of_{parts}"
 
+    # What decides the bytes of a sample, or which samples there are.
+    decisive = "n", "seed", "frames", "size", "channels", "augment", "shard"
     run = checkpointing.Run(
         out, stop - first, first=first, every=settings.every, suffix=".npz", unit="samples",
-        title="Dataset generation", settings=settings.decisive(),
+        title="Dataset generation",
+        settings={"recipe": RECIPE, **{name: getattr(settings, name) for name in decisive}},
         may_grow=() if settings.shard else ("n",), heartbeat=settings.heartbeat,
         max_minutes=settings.max_minutes, signals=checkpointing.ALL_SIGNALS)
     try:

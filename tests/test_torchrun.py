@@ -159,30 +159,53 @@ def test_a_run_goes_on_on_two_devices_and_back(data, whole, tmp_path):
     assert np.allclose(losses(tmp_path), losses(whole), rtol=2e-4)
 
 
+def typed(beginning, data, out):
+    """The line of docs/devices.md that begins so, for two short processes on a CPU."""
+    (out.parent / "job.py").write_text(JOB)
+    lines = (ROOT / "docs/devices.md").read_text().splitlines()
+    line = next(line for line in lines if line.startswith(beginning))
+    more = " ".join(map(str, (out.parent / "job.py", "--data", data, "--out", out, *SHORT)))
+    assert "torchrun " in line and "train_magvit.py" in line
+    line = re.sub(r"\btorchrun ", f"{sys.executable} -m torch.distributed.run ", line)
+    return line.replace("per_node=gpu", "per_node=2").replace("train_magvit.py", more)
+
+
 @pytest.mark.thorough
 @pytest.mark.timeout(400)
 def test_the_line_for_two_machines_and_a_worker_killed_on_either(data, whole, tmp_path):
     """The agent whose worker lives counts no restart; both must meet anew all the same."""
-    lines = (ROOT / "docs/devices.md").read_text().splitlines()
-    line = next(line for line in lines if line.startswith("torchrun --nnodes=2"))
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    (tmp_path / "job.py").write_text(JOB)
     out = tmp_path / "run"
-    for old, new in (
-            ("torchrun ", f"{sys.executable} -m torch.distributed.run "),
-            ("FIRST:29500", f"localhost:{port}"), ("nproc_per_node=gpu", "nproc_per_node=1"),
-            ("train_magvit.py", " ".join(map(str, (tmp_path / "job.py", "--data", data, "--out",
-                                                   out, *SHORT))))):
-        assert old in line
-        line = line.replace(old, new)
+    line = typed("torchrun --nnodes=2", data, out).replace("FIRST:29500", f"localhost:{port}")
+    line = line.replace("nproc_per_node=2", "nproc_per_node=1")
     machines = [marked(["bash", "-c", line], OMP_NUM_THREADS="1") for _ in range(2)]
     for phase, rank in (("tokenizer", 1), ("transformer", 0)):
         kill_worker(at_work(out, *machines, phase=phase)[rank], *machines)
     output = [ended(machine) for machine in machines]
     assert sum("complete: " in text for text in output) == 1
     same_results(out, whole)
+
+
+@pytest.mark.thorough
+def test_the_line_for_slurm(data, whole, tmp_path):
+    """A stub of sbatch that ends the job's time once, and starts it again if it was requeued."""
+    programs = {"scontrol": f"echo $1 >> {tmp_path}/requeued.$2", "sbatch": f"""
+for option; do case $option in --wrap=*) task=${{option#--wrap=}};; esac; done
+export SLURM_JOB_ID=7
+bash -c "$task" & job=$!
+until grep -qs '^Phase: transformer' {tmp_path}/run/PROGRESS.txt; do sleep 0.05; done
+kill -TERM $job; wait $job
+[ -e {tmp_path}/requeued.7 ] && exec bash -c "$task"
+"""}
+    for name, text in programs.items():
+        (tmp_path / name).write_text(f"#!/bin/bash\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    ended(marked(["bash", "-c", typed("sbatch", data, tmp_path / "run")],
+                 PATH=f"{tmp_path}:{os.environ['PATH']}"))
+    assert (tmp_path / "requeued.7").read_text() == "requeue\n"
+    same_results(tmp_path / "run", whole)
 
 
 @pytest.mark.thorough

@@ -194,6 +194,15 @@ def test_the_progress_tells_of_the_phase_that_runs_and_never_goes_back(data, tmp
     assert said[pages[0] - 1] == first      # the page can show it at once
 
 
+def test_a_full_disk_is_one_line_and_loses_nothing(data, whole, tmp_path, small_disk, capsys):
+    disk = small_disk(30 << 20)      # for the first states, not for all that a run leaves
+    assert "are free" in refused(data, disk / "run", capsys, code=1)
+    assert newest(disk / "run") > 0
+    subprocess.run(["mount", "-o", "remount,size=400m", disk], check=True)
+    train(data, disk / "run")
+    same_results(disk / "run", whole)
+
+
 def test_a_loss_that_is_not_finite_is_never_saved(data, tmp_path, monkeypatch, capsys):
     plain, count = tm.reconstruction_loss, [0]
 

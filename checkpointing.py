@@ -30,6 +30,7 @@ what runs are doing (`runs.py status DIR`) and checks copies (`runs.py verify DI
 import atexit
 import concurrent.futures
 import contextlib
+import dataclasses
 import errno
 import fcntl
 import hashlib
@@ -154,6 +155,7 @@ class Run:
             self._begin()
             if self._random:    # what came between load() and here may have drawn some
                 set_random_states(self._random)
+                self._random = None
         get = get or (lambda: None)
         self._content = get, write
         try:
@@ -209,10 +211,11 @@ class Run:
         get, write: as in steps(); without them it only tells the progress. fields: see update().
         """
         self._begin()
+        done = int(done) if self.total is None else min(int(done), self.total)
         if get or write:
             self._content = get, write
         elif not (self._content or self.newest):
-            self.durable = int(done)    # a job that saves nothing has nothing to wait for
+            self.durable = done     # a job that saves nothing has nothing to wait for
         self.update(done, **fields)
         if (get or write) and done > self.durable and (
                 self.due() or self.total is not None and done >= self.total
@@ -317,6 +320,7 @@ class Run:
         except BaseException:
             self._lock = self._lock.close()
             raise
+        self.done, self.durable, self.newest = 0, 0, None   # also where it is used again
         self.moved, self.longest_wait = time.monotonic(), 0.0   # the last update()
         self.begun = self.busy = self.leaving = self._looked = self._finishing = False
         self._read = self._random = self._content = None
@@ -406,6 +410,9 @@ class Run:
                     self._save_the_rest()
                 except CheckpointError as trouble:
                     error = trouble
+                except Exception as trouble:    # of the job's own get or write
+                    error = CheckpointError(f"{self.out}: the last state cannot be stored ("
+                                            f"{type(trouble).__name__}: {trouble})")
             status, words, code = self._verdict(error, last or self.complete)
             if status == "COMPLETE":
                 self.total = self.done if self.total is None else self.total
@@ -528,9 +535,19 @@ def results_of(function, items, run, workers):
             yield function(item)
         return
     # an executor, since a Pool waits for ever for a worker that was killed
-    with concurrent.futures.ProcessPoolExecutor(workers) as pool:
+    with concurrent.futures.ProcessPoolExecutor(
+            workers, initializer=end_with, initargs=(os.getpid(),)) as pool:
         for at in range(0, len(todo), 1000):    # not all at once: they would wait in memory
             yield from pool.map(function, todo[at:at + 1000])
+
+
+def end_with(parent):
+    """In a worker, which would wait for ever for work from a parent that was killed."""
+    def watch():
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def json_line(value):
@@ -621,9 +638,11 @@ def set_random_states(states):
 
 
 def plain(value):
-    """What is not JSON, as JSON: numbers of NumPy, paths, sets in order, else its repr."""
+    """What is not JSON, as JSON: arrays, dataclasses, paths, sets in order, else its repr."""
     if hasattr(value, "tolist"):
         return value.tolist()
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
     if isinstance(value, (set, frozenset)):
         return sorted(as_text(member) for member in value)
     return os.fspath(value) if isinstance(value, os.PathLike) else repr(value)
@@ -828,8 +847,8 @@ def good_checkpoints(directory, records, newest_only):
     bad: then nothing is changed."""
     good, bad, names = [], [], checkpoints_in(directory)
     there = [record for name, record in records.items() if name in names]
-    if names and not records:
-        bad.append(({"name": RECORDS}, "it is lost, or no line of it is whole"))
+    if names and not there:
+        bad.append(({"name": RECORDS}, "it is lost, or has no line for a checkpoint that is here"))
     for record in reversed(there):
         problem = problem_with(directory / record["name"], record)
         (bad if problem else good).append((record, problem))
@@ -923,7 +942,8 @@ def compare_settings(directory, settings, may_grow):
     differ = []
     for key in sorted(before.keys() | asked.keys()) if bind else ():
         old, new = (json.dumps(one.get(key, "absent"), sort_keys=True) for one in (before, asked))
-        grown = key in may_grow and key in before and key in asked and asked[key] > before[key]
+        grown = (key in may_grow and None not in (before.get(key), asked.get(key))
+                 and asked[key] > before[key])
         if old != new and not grown:
             only = " (it may only grow)" if key in may_grow else ""
             differ.append(f"{key} was {old}, asked {new}{only}")
@@ -1172,9 +1192,9 @@ class _Endings:
         wanted = {number for run in self.runs for number in run.signals}
         with contextlib.suppress(ValueError):   # left in another thread than it was entered in
             for number in self.before.keys() - wanted:
-                handler = self.before.pop(number)
                 if signal.getsignal(number) == self.ask:
-                    signal.signal(number, handler or signal.SIG_DFL)
+                    signal.signal(number, self.before[number] or signal.SIG_DFL)
+                del self.before[number]
         if not self.runs:
             self.number = None
             atexit.unregister(self.ended)
@@ -1203,7 +1223,8 @@ class _Endings:
 
     def failed(self, kind, error, trace):
         """sys.excepthook: an exception ends the program."""
-        hook, (code, words) = self.hook, self.end_all(error)
+        hook, self.hook = self.hook, sys.__excepthook__     # one of the job's may call us again
+        code, words = self.end_all(error)
         if code is None:
             return hook(kind, error, trace)
         complain(words)
@@ -1232,6 +1253,10 @@ class _Endings:
         self.mask.old = signal.pthread_sigmask(signal.SIG_BLOCK, ALL_SIGNALS)
 
     def after_fork(self):
+        main = threading.main_thread()
+        if threading.current_thread() is not main:      # such as a pool's, which forks new workers
+            for number in signal.sigpending():  # or we would take it, and the main thread sleep on
+                signal.pthread_kill(main.ident, number)
         signal.pthread_sigmask(signal.SIG_SETMASK, self.mask.old)
 
     def in_child(self):

@@ -92,7 +92,7 @@ def agreed_settings(directories):
             settings = dict(json.loads(path.read_bytes())["settings"])
             n, t, c, s = (int(settings[key]) for key in ("n", "frames", "channels", "size"))
         except (OSError, ValueError, LookupError, TypeError) as error:
-            raise CheckpointError(f"{path} cannot be read ({error!r})") from None
+            raise CheckpointError(f"{path}: not that of a run of generate.py ({error!r})") from None
         first = first or (path, settings)
         for key in sorted((first[1].keys() | settings.keys()) - {"shard"}):
             if first[1].get(key) != settings.get(key):

@@ -9,8 +9,8 @@ usage() {
 usage: sync_results.sh [-k SSH_KEY] [[USER@HOST:]DIR [LOCAL_DIR]]
 Without DIR, REMOTE from the environment is copied, with the key SSH_KEY if it is set, to ~/results:
   export REMOTE=ubuntu@ec2:project/results SSH_KEY=~/.ssh/ec2.pem; ./sync_results.sh
-A file gets its name once it is whole; what was cut off goes on next time. As many training states
-stay here as there; one goes only after a newer one was verified here. Nothing else is deleted.
+A file gets its name once it is whole; what was cut off goes on next time. No more training states
+stay here than there; one goes only after a newer one was verified here. Nothing else is deleted.
 Prints one dated line. SYNC_SECONDS (default 1800) bounds a run.
 Exit codes: 0 done, or another sync is at it; 1 this machine (disk full, not writable, a bad copy);
 2 settings (key, host key, no such directory, a file that may not be read); 75 try again later.

@@ -194,6 +194,15 @@ def test_a_directory_of_the_library_before_goes_on_and_its_time_is_added_up(tmp_
     assert float(shown["Rate"].split()[0]) <= 20        # of this start: restored steps are no speed
 
 
+def test_an_index_older_than_all_states_does_not_let_the_work_start_over(tmp_path):
+    run(JOB, tmp_path, 50)
+    lines = (tmp_path / "checkpoints.jsonl").read_text().splitlines()
+    (tmp_path / "checkpoints.jsonl").write_text(lines[0] + "\n")
+    before = files(tmp_path, "PROGRESS.txt")
+    assert "no checkpoint is good" in run(JOB, tmp_path, 50, code=1).stderr
+    assert files(tmp_path, "PROGRESS.txt") == before
+
+
 def test_an_old_state_is_not_removed_before_the_new_one_reads_back_well(tmp_path):
     path = program(tmp_path, """
 real = os.replace
@@ -275,6 +284,10 @@ ENDINGS = {
         STEP + AT_5 + "subprocess.run(['sh', '-c', 'kill $PPID $$'], check=True)", 143,
         "INTERRUPTED"),
     "another run in a thread": (THREAD + STEP + AT_5 + "in_a_thread()", 0, "COMPLETE"),
+    "the last save fails": ("values.append(0)\nrun.tick(1, lambda: values if len(values) == 1 else "
+                            "1 / 0)\nvalues.append(1)\nrun.update(2)\nrun.finish()", 1, "FAILED"),
+    "more than its total": ("while run.done < 10:\n    values += range(run.done, min(run.done + 4, "
+                            "10))\n    run.tick(run.done + 4, lambda: values)", 0, "COMPLETE"),
     "a child exits": (STEP + AT_5 + FORK, 0, "COMPLETE"),
     "tick, in asyncio": (TICK.format("pass"), 0, "COMPLETE"),
     "tick, in asyncio, SIGTERM": (TICK.format(f"if run.done == 5: {TERM}"), 143, "INTERRUPTED"),
@@ -349,6 +362,25 @@ print(pairs[0] == pairs[1] == list(range(10)))
     shown = progress(path.parent / "out")
     assert (shown["Status"], shown["Progress"]) == ("INTERRUPTED", "5 steps")
     assert finish(path).stdout == "True\n"
+
+
+def test_a_run_is_used_again_and_two_loops_draw_on(tmp_path):
+    """As in a notebook, where a cell is mended and run again."""
+    done = finish(program(tmp_path, """
+import random
+run = checkpointing.Run("out", total=4)
+for fails in (True, False):
+    try:
+        with run:
+            values = run.load([])
+            for i in run.steps(lambda: (lambda: 0) if fails else values):
+                values.append(random.random())
+                if i == 1: break
+            for i in run.steps(lambda: values): values.append(random.random())
+    except (AttributeError, checkpointing.CheckpointError): print("failed")
+assert len(values) == len(set(values)) == 5, values     # the step that break left, twice
+"""))
+    assert done.stdout == "failed\n" and progress(tmp_path / "out")["Status"] == "COMPLETE"
 
 
 # -- 4. signals

@@ -110,7 +110,7 @@ def test_runs_that_overlap_do_not_belong_together_or_are_none_are_refused(result
     run_json.write_text(run_json.read_text().replace('"seed": 42', '"seed": 7'))
     assert "seed is 7, but 42" in join(results, other, "--out", out, code=1)
     run_json.write_text('{"settings": {"n": 4}}')
-    assert "run.json cannot be read" in join(other, "--out", out, code=1)
+    assert "run.json: not that of a run of generate.py" in join(other, "--out", out, code=1)
     run_json.unlink()
     for none in (other, tmp_path / "nowhere"):
         assert "not a run directory of generate.py" in join(none, "--out", out, code=2)

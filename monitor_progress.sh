@@ -124,10 +124,10 @@ look() {
         command=(ssh "${ssh_options[@]}" -- "$host" sh -s) ;;
     esac
     answer=$(far_side "${dir:-.}" |
-        perl -e '$left = shift; $child = fork;
-            if (!$child) { setpgrp; exec { $ARGV[0] } @ARGV; exit }
-            $SIG{$_} = sub { kill KILL => -$child } for "ALRM", "INT";
-            alarm $left; waitpid $child, 0' "$limit" "${command[@]}" 2>&1 |
+        perl -e '$SIG{$_} = sub { $over = 1; kill KILL => -$child if $child } for "ALRM", "INT";
+            alarm shift; $child = fork;
+            if (!$child) { setpgrp; exec { $ARGV[0] } @ARGV if !$over; exit }
+            kill KILL => -$child if $over; waitpid $child, 0' "$limit" "${command[@]}" 2>&1 |
         tr -d '\r' | tr -c '\n -~' '?')
     case $answer in
         *"$mark missing"*) fail "$2: no such directory${host:+ on $host}" ;;

@@ -111,6 +111,7 @@ trap 'exit 130' INT; trap 'exit 143' TERM HUP
 # but not if a signal meets its other processes while they put it away.
 stop() {
     local patience=60
+    worker=${!-}     # a signal may have come before it was assigned
     kill -TERM "$worker"
     while kill -0 -- "-$worker" && [ $((patience -= 1)) -gt 0 ]; do sleep 0.1; done
     kill -KILL -- "-$worker"
@@ -121,12 +122,12 @@ stop() {
 # limit bounds a frozen transfer); its output is in $tmp/out then, its errors in $tmp/trouble.
 work() {
     local code
+    worker=begun
     perl -e 'setpgrp 0, 0; exec { $ARGV[0] } @ARGV; exit 127' "$@" \
         <"$tmp/script" >"$tmp/out" 2>"$tmp/trouble" &
     worker=$!
     while kill -0 "$worker" && [ "$SECONDS" -lt "$limit" ]; do sleep 0.1; done 2>/dev/null
-    [ "$SECONDS" -lt "$limit" ] ||
-        fail 75 "not finished after $limit s; the next run goes on from here"
+    [ "$SECONDS" -lt "$limit" ] || fail 75 "not done after $limit s; the next run goes on from here"
     wait "$worker"
     code=$?
     worker=''

@@ -432,7 +432,7 @@ def test_usage_errors_are_exit_code_2(far, script, arguments, words, tmp_path):
     (MONITOR, signal.SIGINT, 130), (SYNC, signal.SIGINT, 130), (SYNC, signal.SIGTERM, 143)])
 def test_a_signal_ends_it_at_once_and_leaves_no_process(far, tmp_path, script, number, code):
     waiting = f"sleep 1000.{os.getpid()}"       # a name that no other process has
-    stub = far.stub(tmp_path, "ssh", f"touch {tmp_path}/begun; exec {waiting}")
+    stub = far.stub(tmp_path, "ssh", f": > {tmp_path}/begun; exec {waiting}")
     script = behind(far, script, "box:x", *[tmp_path / "here"] * (script == SYNC), variables=stub)
     wait_for((tmp_path / "begun").exists, "ssh")
     os.killpg(script.pid, number)
@@ -605,7 +605,7 @@ def test_why_nothing_comes_is_said_in_one_line(far, tmp_path):
     frozen = far.stub(tmp_path, "ssh", "exec sleep 1000")
     assert "  no answer\n" in monitor(far, "box:x", code=3, MONITOR_TIMEOUT=1, **frozen)
     line = sync(far, f"box:{there}", here, code=75, SYNC_SECONDS=1, **frozen)
-    assert "not finished after 1 s; the next run goes on from here" in line
+    assert "not done after 1 s; the next run goes on from here" in line
     assert "no rsync on box" in sync(far, f"box:{there}", here, code=2, **far.poor(tmp_path))
     greets = far.shell(tmp_path, 'echo Welcome; eval "$line"')
     assert "prints text at login" in sync(far, f"box:{there}", here, code=2, **greets)

@@ -28,6 +28,7 @@ from checkpointing import WRONG_SETTINGS, CheckpointError
 BATCH = 256             # videos at once; the work is cut at multiples of it
 PIECE = 16 * BATCH      # videos a checkpoint
 MODEL = "results/magvit_training/best_model.pt"
+SAMPLED_PLACES = 256    # longer videos are only reconstructed while training: it takes too long
 
 
 def main():
@@ -120,6 +121,21 @@ def predict(model, arguments):
     source = arguments.videos
     make(model, arguments, len(shown), block, {"given": given, "videos": checkpointing.sha256(
         source) if Path(source).is_file() else source}, given=np.int64(given))
+
+
+def samples(model, real, seed, transforms):
+    """What a model in training makes of a few videos uint8 (B, T, C, H, W), for people's eyes: the
+    arrays of samples.npz by name. Its transformer has learned something if it `transforms`."""
+    frames = model.shape[0]
+    arrays = {"real": real, "reconstructed": model.decode(model.encode(real))}
+    if transforms and frames * model.places <= SAMPLED_PLACES:
+        numbers = torch.arange(len(real), device=model.device)
+        labels, given = numbers % len(model.classes), frames // 2
+        arrays |= {"generated": model.generate(labels, seed, numbers, samples=1),
+                   "generated_labels": labels, "given": torch.tensor(given),
+                   "predicted": model.predict(real, given, seed, numbers), "predicted_truth": real}
+    arrays = {name: array.cpu().numpy() for name, array in arrays.items()}
+    return {**arrays, "classes": np.array(model.classes)}
 
 
 # --------------------------------------------------------------------------------------------------

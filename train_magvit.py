@@ -18,7 +18,9 @@ import io
 import itertools
 import json
 import math
+import multiprocessing
 import time
+import warnings
 from collections import deque, namedtuple
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +29,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+import apply_magvit
 import checkpointing
 import evaluate_magvit
 import magvit
@@ -71,7 +74,7 @@ PRESETS = {
         Learning(batch=96, videos=1_850_000, rate=3.5e-3, decay=0.045, memory=32_000)),
     "small": Preset(    # for one large GPU: three minutes
         dict(width=128, encoder_blocks=2, decoder_blocks=3, dim=256, layers=6, heads=8, chain=192),
-        Learning(batch=512, videos=4_500_000, rate=4e-3, decay=0.01, memory=256_000),
+        Learning(batch=256, videos=2_400_000, rate=4e-3, decay=0.01, memory=256_000),
         Learning(batch=1024, videos=24_000_000, rate=2e-3, decay=0.045, memory=256_000))}
 BETAS = (0.9, 0.99)
 WARM_UP = 0.03          # of a phase's steps, until the learning rate is at its peak
@@ -79,7 +82,7 @@ LOOKS = 40              # validations a phase, at most
 VALIDATION_VIDEOS = 1000
 TURNS = 8               # ways to mirror and turn a video
 SAMPLES = 8             # videos of samples.npz
-SAMPLED_PLACES = 256    # longer ones are only reconstructed there: sampling takes too long
+ROOM = 24e9             # free bytes of a GPU that a second process may share, see compile_ahead
 
 
 def main():
@@ -156,27 +159,18 @@ def train(settings, processes):
         state = processes.given(run.load({}, read=lambda file: torch.load(
             file, map_location="cpu", weights_only=True)))
         done, history, best = state.get("done", 0), state.get("history", []), state.get("best")
-        # What decides the last bits of a result, beside the settings.
-        here = {"torch": str(torch.__version__), "processes": processes.count, **(
-            {"device": torch.cuda.get_device_name()} if on_gpu else
-            {"device": device.type, "threads": torch.get_num_threads()})}
         results = Results(out, model, videos[validation[::len(validation) // SAMPLES or 1]],
                           settings.seed)
         if state:
             model.load_state_dict(state["model"])
             if processes.leads:     # what a kill kept from being written, or was damaged since
                 results.publish(state)
-            for key, was in state["machine"].items():
-                if here.get(key, was) != was:
-                    run.log(f"{key} was {was}, is {here[key]}: the last bits will be others")
-        saved_at = time.monotonic()
-        for phase in phases:
-            if done >= phase.stop:
-                continue
+        saved_at, ahead = time.monotonic(), None
+        for phase in [phase for phase in phases if done < phase.stop]:
             learner = Learner(phase, model, videos, labels, training, validation, settings.seed,
                               processes)
             if done > phase.start:
-                learner.restore(state["learning"]["tensors"])
+                learner.restore(state["learning"])
             else:
                 run.update(done, **{"Train loss": "not known yet", "Val loss": "not known yet"})
             if phase is phases[-1]:
@@ -186,6 +180,14 @@ def train(settings, processes):
                     if processes.asked(run.stopping, chunk):
                         run.leave_if_asked()    # what was done before is saved
             run.update(done, Phase=phase.name, Epoch=phase.epoch_at(done))
+            if on_gpu and phase is phases[0] and torch.cuda.mem_get_info()[0] > ROOM:
+                ahead = multiprocessing.get_context("spawn").Process(
+                    target=compile_ahead, daemon=True, args=(
+                        torch.cuda.current_device(), phases[-1], model.sizes, model.shape,
+                        model.classes, settings.seed, processes))
+                ahead.start()
+            elif ahead:
+                ahead.join(60)
             advance = captured(learner, run.log) if on_gpu else learner.step
             pace = Pace(phases, done)
 
@@ -231,10 +233,9 @@ def train(settings, processes):
                 due = run.due() and not run.stopping and (len(pace.seen) > 1 or not on_gpu)
                 if processes.leads and (done == phase.stop or asked or regular or due):
                     learner.train_loss(done)    # what is not finite is not saved
-                    tensors = on_host(dict(enumerate(learner.tensors()))).values()
                     state = {"done": done, "model": on_host(model.state_dict()), "best": best,
-                             "learning": {"phase": phase.name, "tensors": [*tensors]}
-                             if done < phase.stop else None, "history": history, "machine": here}
+                             "learning": on_host(learner.tensors()) if done < phase.stop else None,
+                             "history": history}
                     run.save(done, write=lambda file: file.write(magvit.saved(state)))
                     saved_at = time.monotonic()
                     if done == phase.stop or asked or time.monotonic() > results.next:
@@ -284,18 +285,18 @@ def phases_of(settings, preset, model, training_videos):
     """The phases with their epochs: as many as the preset's videos make, fewer of dearer videos.
 
     A video's cost goes with its places. What it teaches grows with them too, but more slowly: so
-    the work may grow, with the square root.
+    the work may grow, the transformer's with the square root, the tokenizer's faster.
     """
     cost = max(1, model.shape[0] * model.places / 8)
     phases = []
-    for name in ("tokenizer", "transformer"):
+    for name, exponent in (("tokenizer", 0.25), ("transformer", 0.5)):
         learning = getattr(preset, name)
         batch = min(settings.batch_size or learning.batch, training_videos)
         epoch_steps = training_videos // batch
-        epochs = max(1, round(learning.videos / cost**0.5 / (epoch_steps * batch)))
+        epochs = max(1, round(learning.videos / cost**exponent / (epoch_steps * batch)))
         rate = learning.rate * math.sqrt(batch / learning.batch)
         if name == "tokenizer":     # at 4e-3 a slot of 16x64x64 RGB collapsed to a single code
-            rate /= cost**0.5
+            rate /= cost**exponent
         phases.append(Phase(name, learning, batch, epoch_steps, epochs, 0, rate))
     if settings.epochs:
         share = phases[0].epochs / (phases[0].epochs + phases[1].epochs)
@@ -409,12 +410,9 @@ class Learner:
         self.phase, self.model, self.processes = phase, model, processes
         self.seed, self.device, self.masks = seed, model.device, magvit.key(seed, "masks")
         self.share = slice(*processes.share(phase.batch))
-        # A row is a place in `shown`: first the training videos, then those of the validation.
-        shown = torch.cat([training, validation[:VALIDATION_VIDEOS]])
-        self.labels, self.codes = labels[shown], None   # see encode()
-        self.shown, self.videos = shown.to(videos.pixels.device), videos
-        rows = torch.arange(len(shown), device=self.shown.device)
-        self.training, self.validation = rows.split([len(training), len(rows) - len(training)])
+        self.videos, self.labels, self.codes = videos, labels, None     # of codes see encode()
+        self.training, self.validation = (numbers.to(videos.pixels.device) for numbers in (
+            training, validation[:VALIDATION_VIDEOS]))
         self.fed = self.epoch = None    # what a step learns from, and its epoch; see feed()
         self.average = getattr(model, phase.name)
         self.network = copy.deepcopy(self.average).requires_grad_(True).train()
@@ -441,24 +439,25 @@ class Learner:
     def encode(self):
         """Make the codes of all videos in all turns: the tokenizer learns no more. Yields (number,
         share of the work) after each chunk; they are the same at every start, to the last bit."""
-        codes = torch.zeros((TURNS, len(self.shown), self.model.shape[0], self.model.places,
+        codes = torch.zeros((TURNS, len(self.labels), self.model.shape[0], self.model.places,
                              magvit.NUMBERS), dtype=torch.uint8, device=self.device)
-        rows = torch.cat([self.training, self.validation])
-        for number, chunk in enumerate(rows.split(max(1, self.phase.batch // TURNS))):
+        chunks = torch.cat([self.training, self.validation]).split(
+            max(1, self.phase.batch // TURNS))
+        for number, chunk in enumerate(chunks):
             mine = chunk[slice(*self.processes.share(len(chunk)))]
             made = self.model.encode(self.read(mine.repeat(TURNS)))
             codes[:, mine] = made.byte().unflatten(0, (TURNS, len(mine)))
-            yield number, (chunk[-1].item() + 1) / len(rows)
+            yield number, (number + 1) / len(chunks)
         self.processes.add([codes])
         self.codes = codes
 
-    def read(self, rows):
+    def read(self, numbers):
         """Videos uint8 (B, T, C, H, W) or their codes. An eighth each is mirrored and turned in
         another way, which keeps its class."""
-        parts = enumerate(rows.tensor_split(TURNS))
+        parts = enumerate(numbers.tensor_split(TURNS))
         if self.codes is not None:
             return torch.cat([self.codes[turn, part] for turn, part in parts])
-        return torch.cat([turned(self.videos[self.shown[part]], turn) for turn, part in parts])
+        return torch.cat([turned(self.videos[part], turn) for turn, part in parts])
 
     def feed(self, step):
         """Lay out what step number `step` of this phase learns from, and its labels (B,). The order
@@ -466,9 +465,9 @@ class Learner:
         epoch, step = divmod(step, self.phase.epoch_steps)
         if epoch != self.epoch:
             key = magvit.key(self.seed, "order", self.phase.name)
-            number = torch.tensor(epoch, device=self.shown.device)
+            number = torch.tensor(epoch, device=self.training.device)
             order = magvit.hashes(key, number, len(self.training)).argsort(stable=True)
-            self.epoch, self.order = epoch, order.split(self.phase.batch)
+            self.epoch, self.order = epoch, self.training[order].split(self.phase.batch)
         new = self.read(self.order[step]), self.labels[self.order[step]]
         self.fed = self.fed or tuple(map(torch.empty_like, new))
         for place, value in zip(self.fed, new):
@@ -527,14 +526,12 @@ class Learner:
 
     def tensors(self):
         """All that a step changes, but for the average, which is in the model."""
-        step, *moments = self.moments.values()
-        pairs = zip(*[parts_of(vector, self.parameters) for vector in moments])
-        moments = [tensor for pair in pairs for tensor in (step, *pair)]
-        return [*self.parameters, *moments, self.at, self.loss_sum]
+        return {"parameters": self.vector, **self.moments, "at": self.at, "loss": self.loss_sum}
 
     def restore(self, kept):
         with torch.no_grad():
-            torch._foreach_copy_(self.tensors(), [value.to(self.device) for value in kept])
+            for name, tensor in self.tensors().items():
+                tensor.copy_(kept[name])
 
 
 def schedule(phase):
@@ -549,7 +546,7 @@ def schedule(phase):
 def captured(learner, log):
     """learner.step as one CUDA graph: a function that replays it, on what feed() lays out."""
     log(f"{learner.phase.name}: compiling; it takes half a minute or less")
-    changed = [*learner.tensors(), learner.averages]
+    changed = [*learner.tensors().values(), learner.averages]
     kept = [tensor.detach().clone() for tensor in changed]
     learner.feed(0)     # from here on it stays where the graph reads it
     aside = torch.cuda.Stream()
@@ -566,6 +563,22 @@ def captured(learner, log):
         torch._foreach_copy_(changed, kept)
     torch.cuda.synchronize()
     return graph.replay
+
+
+def compile_ahead(gpu, phase, sizes, shape, classes, seed, processes):
+    """The second phase's step, in a process of its own while the first phase learns: the training
+    then finds it in the compiler's cache, half a minute earlier. No more depends on it."""
+    warnings.simplefilter("ignore")
+    with contextlib.suppress(BaseException):    # such as Ctrl-C, at which the training leaves
+        device = magvit.open_device("cuda")
+        torch.cuda.set_device(gpu)
+        model = magvit.Magvit(sizes, shape, classes).to(device).requires_grad_(False).eval()
+        videos = magvit.DeviceVideos(np.zeros((phase.batch, *shape), np.uint8), device)
+        numbers = torch.arange(phase.batch, device=device)
+        learner = Learner(phase, model, videos, 0 * numbers, numbers, numbers, seed, processes)
+        learner.codes = model.encode(videos[numbers]).byte().expand(TURNS, -1, -1, -1, -1)
+        learner.feed(0)
+        torch.autograd.grad(learner.batch_loss(), learner.parameters)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -612,28 +625,14 @@ class Results:
             files["final_model.pt"] = magvit.saved(self.model.state(state["model"]))
         files["history.json"] = (json.dumps(state["history"], indent=1) + "\n").encode()
         buffer = io.BytesIO()
-        np.savez_compressed(buffer, **self.samples(state["done"], bool(best)))
+        np.savez_compressed(buffer, step=state["done"], **apply_magvit.samples(
+            self.model, self.real, self.seed, transforms=bool(best)))
         files["samples.npz"] = buffer.getvalue()
         for name, content in files.items():
             path = self.out / name
             if not path.is_file() or path.read_bytes() != content:
                 checkpointing.write_atomic(path, content)
         self.next = time.monotonic() + 100 * (time.monotonic() - began)
-
-    def samples(self, done, transforms):
-        """What the model makes of a few validation videos, for people's eyes."""
-        model, real, frames = self.model, self.real, self.model.shape[0]
-        arrays = {"real": real, "reconstructed": model.decode(model.encode(real)),
-                  "step": torch.tensor(done)}
-        if transforms and frames * model.places <= SAMPLED_PLACES:
-            numbers = torch.arange(len(real), device=model.device)
-            labels, given = numbers % len(model.classes), frames // 2
-            arrays |= {"generated": model.generate(labels, self.seed, numbers, samples=1),
-                       "generated_labels": labels, "given": torch.tensor(given),
-                       "predicted": model.predict(real, given, self.seed, numbers),
-                       "predicted_truth": real}
-        arrays = {name: array.cpu().numpy() for name, array in arrays.items()}
-        return {**arrays, "classes": np.array(model.classes)}
 
 
 if __name__ == "__main__":

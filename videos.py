@@ -12,6 +12,7 @@ import os
 import tempfile
 import zipfile
 from dataclasses import dataclass
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 import numpy as np
@@ -182,11 +183,7 @@ def gathered(blocks, shape, path):
     gone with the process: the kernel keeps of it in memory what there is room for."""
     size = math.prod(shape)
     if size <= IN_MEMORY:
-        videos, at = np.empty(shape, np.uint8), 0
-        for block in blocks:
-            videos[at:at + len(block)] = block
-            at += len(block)
-        return videos
+        return np.concatenate([*blocks])
     place = os.environ.get("TMPDIR") or (path if path.is_dir() else path.parent)
     try:
         with tempfile.TemporaryFile(dir=place) as file:
@@ -220,8 +217,10 @@ def split(labels):
 def checked_split(data):
     """(part of each video, a digest of the set); refuses the same video in two parts."""
     part, seen, whole = split(data.labels), {}, hashlib.sha256(data.labels.tobytes())
-    for i, video in enumerate(data.videos):
-        digest = hashlib.blake2b(np.ascontiguousarray(video), digest_size=16).digest()
+    with ThreadPool() as pool:      # hashing holds up no other thread
+        digests = pool.map(lambda video: hashlib.blake2b(
+            np.ascontiguousarray(video), digest_size=16).digest(), data.videos, 64)
+    for i, digest in enumerate(digests):
         whole.update(digest)
         first = seen.setdefault(digest, i)
         if part[i] != part[first]:

@@ -375,12 +375,12 @@ def test_what_counts_is_the_same_whether_it_is_picked_or_weighed(monkeypatch):
 
 def test_the_transformer_learns_the_codes_of_videos_in_all_turns():
     learner = learners(batch=16)[1]
-    rows = learner.order[0]
+    numbers = learner.order[0]
     for turn in range(tm.TURNS):
         alike = slice(2 * turn, 2 * turn + 2)
-        videos = tm.turned(learner.videos[learner.shown[rows[alike]]], turn)
+        videos = tm.turned(learner.videos[numbers[alike]], turn)
         assert torch.equal(learner.fed[0][alike], learner.model.encode(videos).byte())
-    assert torch.equal(learner.fed[1], learner.shown[rows] % 4)
+    assert torch.equal(learner.fed[1], numbers % 4)
 
 
 def test_masks_and_order_are_functions_of_seed_and_step_on_any_device():

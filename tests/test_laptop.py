@@ -2,7 +2,6 @@
 import contextlib
 import fcntl
 import filecmp
-import hashlib
 import json
 import os
 import re
@@ -14,10 +13,11 @@ import sys
 import time
 
 import pytest
-from conftest import ROOT, kill, missing, need, run, start, wait_for
+from conftest import (ROOT, durable, environment, kill, missing, need, run, start,
+                      wait_for)
 
+import checkpointing
 import runs
-from checkpointing import read_progress
 
 MONITOR, SYNC = ROOT / "monitor_progress.sh", ROOT / "sync_results.sh"
 ROOT_READS_ALL = 65534      # so a test runs as nobody
@@ -159,26 +159,11 @@ def watching(far, tmp_path, *arguments, **variables):
         watcher.wait()
 
 
-JOB = f"""
-import random, sys, time
-sys.path.insert(0, {str(ROOT)!r})
-import checkpointing
-out, total, pause = sys.argv[1], int(sys.argv[2]), float(sys.argv[3])
-random.seed(1)
-run = checkpointing.Run(out, total, every=10)
-values = run.load([])
-for i in run.steps(lambda: values):
-    time.sleep(pause)
-    values.append(random.random())
-"""
-
-
 def job(out, total, pause=0.01):
     """A job of somebody's own, at work, with its first state saved."""
-    process = subprocess.Popen([sys.executable, "-c", JOB, out, str(total), str(pause)],
-                               stderr=subprocess.DEVNULL)
-    wait_for(lambda: "(" in read_progress(out / "PROGRESS.txt").get("Checkpoint", "")
-             if (out / "PROGRESS.txt").exists() else None, "the first state")
+    process = start("tests/counting_job.py", out, total, env=environment(PAUSE=pause),
+                    stdout=subprocess.DEVNULL)
+    wait_for(lambda: durable(out), "the first state")
     return process
 
 
@@ -198,21 +183,13 @@ def progress_file(directory, lock=None, **changes):
         return file
 
 
-def training(directory, *steps, run="6f1c2a", kept=3):
-    """What a training leaves that saved these steps: a record of each, the files of the last."""
-    progress_file(directory)
-    lines = []
-    for step in steps:
-        path, content = directory / f"checkpoint_{step:05d}.pt", f"{run} {step}".encode() * 99
-        lines.append(json.dumps({"name": path.name, "start": step, "stop": step,
-                                 "bytes": len(content),
-                                 "sha256": hashlib.sha256(content).hexdigest()}) + "\n")
-        if step not in steps[-kept:]:
-            path.unlink(missing_ok=True)
-        elif not path.exists():
-            path.write_bytes(content)
-    (directory / "checkpoints.jsonl").write_text("".join(lines))
-    (directory / "run.json").write_text(json.dumps({"run": run, "settings": {}}, indent=1))
+def training(directory, *steps, keep=3):
+    """A run that has saved these steps, and keeps the last of them."""
+    with checkpointing.Run(directory, keep=keep, suffix=".pt", quiet=True) as run:
+        run.load(read=lambda file: file.read())
+        for step in steps:
+            if step > run.durable:
+                run.save(step, write=lambda file: file.write(b"%d " % step * 99))   # noqa: B023
 
 
 def states(directory):
@@ -241,10 +218,9 @@ def test_it_watches_a_run_through_its_death_and_a_new_start_until_it_is_complete
         wait_for(lambda: f"box:{out}: DEAD  its process is gone" in text(), "DEAD")
         process.wait()
         dead = text()[text().index(": DEAD"):]
-        assert re.search(r"  Checkpoint: \d+ \(checkpoint_\d+\.pkl\)\n", dead), dead
-        assert re.search(r"  to go on: \S*python\S* -c ", dead), dead
-        saved = int(read_progress(out / "PROGRESS.txt")["Checkpoint"].split()[0])
-        job(out, saved + 100).wait()
+        assert re.search(r"  Checkpoint: \d+ \(checkpoint_\d+\.json\)\n", dead), dead
+        assert re.search(r"  to go on: \S*python\S* \S*counting_job\.py ", dead), dead
+        job(out, durable(out) + 100).wait()
         assert watcher.wait(timeout=100) == 0
     said = text()
     assert said.count(f"box:{out}: COMPLETE") == 2, "believed when seen twice"
@@ -383,8 +359,7 @@ def test_a_name_is_only_a_name_here_and_there(far, tmp_path, both):
     """Also where the shell is dash, which reads fewer kinds of quotes than bash."""
     training(tmp_path / NAME / NAME, 10, 20)
     (tmp_path / NAME / NAME / f"{NAME}.npz").write_text("x")
-    (tmp_path / NAME / "PROGRESS.txt").write_bytes(
-        (tmp_path / NAME / NAME / "PROGRESS.txt").read_bytes().replace(b"RUNNING", b"COMPLETE"))
+    progress_file(tmp_path / NAME)
     dash = far.shell(tmp_path, 'exec dash -c "$line"')
     code, said = both(f"box:{tmp_path / NAME}", **dash)
     if (tmp_path / "here").exists():
@@ -393,7 +368,7 @@ def test_a_name_is_only_a_name_here_and_there(far, tmp_path, both):
                     ["checkpoint_00020.pt", f"{NAME}.npz", "PROGRESS.txt"])
         assert states(tmp_path / "here" / NAME) == [20]
     else:
-        assert code == 4 and f"box:{tmp_path / NAME}: COMPLETE" in said, said
+        assert code == 4 and f"box:{tmp_path / NAME}: RUNNING" in said, said
 
 
 def test_what_to_type_for_another_host_key_or_an_open_key_helps(far, tmp_path, both):
@@ -456,15 +431,15 @@ def test_runs_are_copied_while_they_work_and_go_on_from_the_copy_alone(far, tmp_
     kill(videos)
     sync(far, f"box:{there}", here)
     for run in ("train", "videos"):     # of the states only the newest came
-        names = [p.name for p in (there / run).iterdir() if p.name[0] != "." and p.suffix != ".pkl"]
+        names = [p.name for p in (there / run).glob("[!.]*")
+                 if run == "videos" or "checkpoint_" not in p.name]
         assert same(there / run, here / run, names)
     assert runs.main(["verify", str(here)]) == 0
     shutil.copytree(here, other)
-    begun = int(read_progress(other / "train/PROGRESS.txt")["Checkpoint"].split()[0])
-    total = begun + 25
+    total = durable(other / "train") + 25
     for out in (other / "train", tmp_path / "undisturbed"):
         assert job(out, total, pause=0).wait() == 0
-    assert same(other / "train", tmp_path / "undisturbed", [f"checkpoint_{total:05d}.pkl"])
+    assert same(other / "train", tmp_path / "undisturbed", [f"checkpoint_{total:05d}.json"])
 
 
 def test_it_copies_results_only_and_deletes_nothing(far, tmp_path):
@@ -535,12 +510,12 @@ def test_an_old_state_goes_only_once_a_newer_one_is_verified_all_else_stays(far,
     assert states(here / "train") == [50, 80, 110] and "1 older training states let go" in line
     assert same(there, here, ["train/checkpoint_00110.pt"])
     (there / "checkpoint_00000.npz").unlink()
-    training(there / "train", *steps, 110, kept=1)
+    training(there / "train", *steps, 110, 120, keep=1)
     sync(far, there, here)
-    assert states(here / "train") == [110] and (here / "checkpoint_00000.npz").exists()
+    assert states(here / "train") == [120] and (here / "checkpoint_00000.npz").exists()
     shutil.rmtree(there / "train")
     sync(far, there, here)
-    assert states(here / "train") == [110], "no state there is no reason to let one go here"
+    assert states(here / "train") == [120], "no state there is no reason to let one go here"
 
 
 @pytest.mark.parametrize("below", ["train", "."])
@@ -550,7 +525,7 @@ def test_a_run_that_began_anew_does_not_mix_with_the_old_ones_copies(far, tmp_pa
     (there / below / "best_model.pt").write_text("old")
     sync(far, there, here)
     (there / below).rename(tmp_path / "there.old1" if below == "." else there / "train.old1")
-    training(there / below, 30, run="another")
+    training(there / below, 30)
     assert "a new run began there" in sync(far, there, here)
     aside = tmp_path / "here.old1" if below == "." else here / "train.old1"
     assert states(aside) == [60] and (aside / "best_model.pt").read_text() == "old"
@@ -570,7 +545,7 @@ def test_nothing_that_was_here_is_replaced_by_another_remote_or_the_first_sync(f
     typed(sync(far, there, here, code=2), "echo")       # if it is a copy, from before this script
     sync(far, there, here)
     assert same(there, here, ["train/run.json"])
-    training(tmp_path / "two/train", 30, run="another")
+    training(tmp_path / "two/train", 30)
     line = sync(far, tmp_path / "two", here, code=2)
     assert f"copies of other runs, from {there}" in line
     typed(line, "mv")

@@ -147,6 +147,12 @@ def durable(out):
     return int((re.match(r"\d+", progress(out).get("Checkpoint", "")) or ["0"])[0])
 
 
+def numbers(out):
+    """The numbers of the recorded checkpoints that are there, in order."""
+    return [record["start"] for name, record in checkpointing.read_records(out).items()
+            if (Path(out) / name).exists()]
+
+
 def wait_for(condition, what, seconds=120):
     end = time.monotonic() + seconds
     while time.monotonic() < end:

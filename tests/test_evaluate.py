@@ -103,7 +103,7 @@ def test_killed_again_and_again_it_ends_with_the_same_figures(home, tmp_path):
     for name in ("model.pt", "set.npz"):
         shutil.copy(home / name, tmp_path)
     out = tmp_path / "out"
-    for number in (1, 2):       # in the judge's training, in the generation
+    for number in (1, 2):       # behind the judge's training, in the generation
         process = start("evaluate_magvit.py", *options(tmp_path), "--max-minutes", 0.00001)
         wait_for(lambda: len(names := list(read_records(out))) >= number
                  and (out / names[-1]).exists(), f"part {number}")

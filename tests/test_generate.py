@@ -6,11 +6,11 @@ import signal
 
 import numpy as np
 import pytest
-from conftest import kill, run, start, wait_for
+from conftest import kill, numbers, run, start, wait_for
 from test_videos import call  # noqa: F401
 
 import generate
-from checkpointing import read_progress, read_records
+from checkpointing import read_progress
 
 
 def samples(settings=generate.Settings(), n=1000, cut=200, first=0):
@@ -25,14 +25,8 @@ def digest(arrays):
     return hashlib.sha256(b"".join(a.tobytes() for a in arrays.values())).hexdigest()
 
 
-def starts(directory):
-    """First samples of the checkpoints that are there."""
-    records = read_records(directory).values()
-    return [record["start"] for record in records if (directory / record["name"]).exists()]
-
-
 def contents(directory):
-    return [np.load(directory / f"checkpoint_{start:05d}.npz") for start in starts(directory)]
+    return [np.load(directory / f"checkpoint_{start:05d}.npz") for start in numbers(directory)]
 
 
 def made(directory):
@@ -137,7 +131,7 @@ def test_the_bytes_are_those_of_recipe_1():
 
 def test_checkpoints_are_at_the_right_places_with_the_right_counts(tmp_path):
     done = run("generate.py", "--n", 2500, "--every", 1000, "--out", tmp_path)
-    assert starts(tmp_path) == [0, 1000, 2000]
+    assert numbers(tmp_path) == [0, 1000, 2000]
     assert [len(c["labels"]) for c in contents(tmp_path)] == [1000, 1000, 500]
     progress = read_progress(tmp_path / "PROGRESS.txt")
     assert progress["Status"] == "COMPLETE" and progress["Progress"] == "2500/2500 samples (100%)"
@@ -176,7 +170,7 @@ def test_killed_at_any_checkpoint_it_makes_the_same_files(tmp_path):
 
 def test_a_piece_that_takes_too_long_is_saved_in_parts(tmp_path):
     run("generate.py", "--n", 2000, "--every", 1000, "--max-minutes", 0.00001, "--out", tmp_path)
-    assert len(starts(tmp_path)) > 4 and 1000 in starts(tmp_path)
+    assert len(numbers(tmp_path)) > 4 and 1000 in numbers(tmp_path)
     assert (made(tmp_path) == samples(n=2000)["videos"]).all()
 
 
@@ -197,7 +191,7 @@ def test_a_signal_saves_a_shorter_checkpoint(tmp_path, number, code):
 def test_the_set_can_be_extended_but_not_shrunk_and_every_may_change(tmp_path):
     run("generate.py", "--n", 500, "--every", 200, "--out", tmp_path)
     run("generate.py", "--n", 1000, "--every", 300, "--out", tmp_path)
-    assert starts(tmp_path) == [0, 200, 400, 500, 600, 900]
+    assert numbers(tmp_path) == [0, 200, 400, 500, 600, 900]
     assert (made(tmp_path) == samples(n=1000)["videos"]).all()
     refused = run("generate.py", "--n", 500, "--seed", 7, "--frames", 9, "--size", 16,
                   "--channels", 3, "--no-augment", "--out", tmp_path, code=2).stderr

@@ -14,14 +14,13 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, kill, run, start, wait_for
+from conftest import ROOT, kill, numbers, run, start, wait_for
+from test_videos import data_set as our_set
 
 import checkpointing
-import generate
 import magvit
-import report
 import train_magvit as tm
-from checkpointing import CheckpointError, read_progress, read_records
+from checkpointing import read_progress, read_records
 from processes import Processes
 
 RESULTS = ("best_model.pt", "final_model.pt", "history.json", "samples.npz")
@@ -30,10 +29,7 @@ CLASSES = ["linear", "circular", "helical", "parabolic"]
 
 
 def data_set(n=400, **settings):
-    settings = generate.Settings(**settings)
-    arrays = generate.empty_arrays(settings, n)
-    generate.render(settings, 0, n, list(arrays.values()))
-    return {**arrays, "class_names": np.array(CLASSES)}
+    return {**our_set(n, **settings), "class_names": np.array(CLASSES)}
 
 
 @pytest.fixture(scope="module")
@@ -71,8 +67,7 @@ def started(data, out, *more):
 
 def newest(out):
     """The number of the newest checkpoint, 0 without one."""
-    return max([0, *(record["start"] for record in read_records(out).values()
-                     if (out / record["name"]).exists())]) if out.is_dir() else 0
+    return max([0, *numbers(out)])
 
 
 @pytest.fixture(scope="module")
@@ -174,13 +169,12 @@ def test_what_a_run_leaves_and_that_calling_it_again_changes_nothing(data, whole
 
 
 def test_the_progress_tells_of_the_phase_that_runs_and_never_goes_back(data, tmp_path, monkeypatch):
-    said, plain, pages = [], checkpointing.Run.update, []
+    said, plain = [], checkpointing.Run.update
 
     def update(run, done, **fields):
         plain(run, done, **fields)
         said.append((done, run.fields.copy(), run.progress.end_expected))
     monkeypatch.setattr(checkpointing.Run, "update", update)
-    monkeypatch.setattr(report, "refresh", lambda out: pages.append(len(said)))
     monkeypatch.setattr(tm.Pace, "is_due", lambda pace: True)
     train(data, tmp_path)
     assert [done for done, _, _ in said] == sorted(done for done, _, _ in said)
@@ -191,7 +185,6 @@ def test_the_progress_tells_of_the_phase_that_runs_and_never_goes_back(data, tmp
     assert sum("encoding the videos: 100%" in fields["Phase"] for _, fields, _ in said[3:]) == 1
     first = next(entry for entry in said if entry[1]["Train loss"] != "not known yet")
     assert first[0] == 1 and first[1]["Epoch"] == "1/1" and first[2] is not None
-    assert said[pages[0] - 1] == first      # the page can show it at once
 
 
 def test_a_full_disk_is_one_line_and_loses_nothing(data, whole, tmp_path, small_disk, capsys):
@@ -274,13 +267,10 @@ def test_a_missing_torch_is_one_line(tmp_path):
     assert "torch is not installed" in done.stderr and "pip install" in done.stderr
 
 
-def test_files_that_hide_code_are_refused_by_name_and_not_run(data, whole, tmp_path, capsys):
+def test_a_checkpoint_that_hides_code_is_refused_by_name_and_not_run(data, whole, tmp_path, capsys):
     class Evil:
         def __reduce__(self):
             return (os.system, (f"touch {tmp_path}/pwned",))
-    torch.save({"format": magvit.FORMAT, "sizes": Evil()}, tmp_path / "model.pt")
-    with pytest.raises(CheckpointError, match="model.pt: not a"):
-        magvit.Magvit.load(tmp_path / "model.pt", torch.device("cpu"))
     settings = json.loads((whole / "run.json").read_text())["settings"]
     with checkpointing.Run(tmp_path / "run", 25, suffix=".pt", settings=settings) as brought:
         brought.save(1, write=lambda file: torch.save({"done": Evil()}, file))
@@ -397,16 +387,6 @@ def test_masks_and_order_are_functions_of_seed_and_step_on_any_device():
     assert not torch.equal(other, hidden)
 
 
-def test_dearer_videos_are_shown_less_often():
-    def phases(shape):
-        model = magvit.Magvit(magvit.Sizes(**SIZES), shape, CLASSES)
-        return tm.phases_of(tm.Settings(), tm.PRESETS["tiny"], model, 960)
-    small, large = phases((8, 1, 32, 32)), phases((16, 3, 64, 64))
-    for a, b in zip(small, large):
-        assert 2 < a.steps / b.steps < 4   # of videos with eight times the places
-    assert large[1].start == large[0].stop
-
-
 # -- the model
 
 
@@ -446,22 +426,16 @@ def test_hidden_places_reach_neither_the_class_nor_the_other_places():
     assert torch.equal(model.class_probabilities(codes, 5), model.class_probabilities(other, 5))
 
 
-def test_a_place_that_is_drawn_is_told_all_its_numbers_in_order():
-    """What `draw` samples step by step must be what `logits` is trained on at once."""
+def test_what_is_drawn_is_as_likely_as_the_transformer_was_taught():
+    """`draw` samples step by step what `logits` is trained on at once."""
     torch.manual_seed(0)
     transformer = shaken(magvit.MaskedTransformer(magvit.Sizes(**SIZES), 8, 1, 4))
     states = torch.randn(50, SIZES["dim"])
     drawn = transformer.draw(states, 1e-6, torch.rand(50, magvit.NUMBERS))  # so cold: the likeliest
     assert torch.equal(transformer.logits(states, drawn).argmax(-1), drawn)
-
-
-def test_codes_are_drawn_as_often_as_they_are_likely():
-    torch.manual_seed(0)
-    transformer = shaken(magvit.MaskedTransformer(magvit.Sizes(**SIZES), 8, 1, 4))
-    state = torch.randn(1, SIZES["dim"])
     chance = magvit.uniform(magvit.key("test"), torch.arange(20_000), magvit.NUMBERS)
-    drawn = transformer.draw(state.expand(20_000, -1), 1.0, chance)
-    expected = transformer.logits(state, drawn[:1])[0, 0].softmax(-1)
+    drawn = transformer.draw(states[:1].expand(20_000, -1), 1.0, chance)
+    expected = transformer.logits(states[:1], drawn[:1])[0, 0].softmax(-1)
     seen = torch.bincount(drawn[:, 0], minlength=magvit.LEVELS) / 20_000
     assert (seen - expected).abs().max() < 0.01
 

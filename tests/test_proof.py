@@ -1,6 +1,6 @@
-"""The short form of tests/prove.py, with a fixed seed; and proof that it can fail: each safety, taken
-out of a copy of the library, makes a named part of it fail. `-m thorough` runs longer passes and
-the parts that take longer to find out."""
+"""The short form of tests/prove.py, with a fixed seed; and proof that it can fail: each safety,
+taken out of a copy of the library, makes a named part of it fail. `-m thorough` runs longer passes
+and the parts that take longer to find out."""
 import re
 import shutil
 import subprocess

@@ -75,7 +75,7 @@ PRESETS = {
     "small": Preset(    # for one large GPU: three minutes
         dict(width=128, encoder_blocks=2, decoder_blocks=3, dim=256, layers=6, heads=8, chain=192),
         Learning(batch=256, videos=2_400_000, rate=4e-3, decay=0.01, memory=256_000),
-        Learning(batch=1024, videos=24_000_000, rate=2e-3, decay=0.045, memory=256_000))}
+        Learning(batch=1024, videos=23_000_000, rate=2e-3, decay=0.045, memory=256_000))}
 BETAS = (0.9, 0.99)
 WARM_UP = 0.03          # of a phase's steps, until the learning rate is at its peak
 LOOKS = 40              # validations a phase, at most

@@ -71,7 +71,7 @@ PRESETS = {
     "tiny": Preset(     # for two cores: 25 minutes
         dict(width=64, encoder_blocks=1, decoder_blocks=2, dim=128, layers=3, heads=4, chain=96),
         Learning(batch=32, videos=150_000, rate=4e-3, decay=0.01, memory=32_000),
-        Learning(batch=96, videos=1_850_000, rate=3.5e-3, decay=0.045, memory=32_000)),
+        Learning(batch=96, videos=1_450_000, rate=3.5e-3, decay=0.045, memory=32_000)),
     "small": Preset(    # for one large GPU: three minutes
         dict(width=128, encoder_blocks=2, decoder_blocks=3, dim=256, layers=6, heads=8, chain=192),
         Learning(batch=256, videos=2_400_000, rate=4e-3, decay=0.01, memory=256_000),

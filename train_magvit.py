@@ -68,10 +68,10 @@ class Learning:
 
 Preset = namedtuple("Preset", "sizes tokenizer transformer")     # the sizes of magvit.Sizes
 PRESETS = {
-    "tiny": Preset(     # for two cores: 25 minutes
+    "tiny": Preset(     # for two cores: 25 to 30 minutes
         dict(width=64, encoder_blocks=1, decoder_blocks=2, dim=128, layers=3, heads=4, chain=96),
         Learning(batch=32, videos=150_000, rate=4e-3, decay=0.01, memory=32_000),
-        Learning(batch=96, videos=1_450_000, rate=3.5e-3, decay=0.045, memory=32_000)),
+        Learning(batch=96, videos=1_700_000, rate=3.5e-3, decay=0.045, memory=32_000)),
     "small": Preset(    # for one large GPU: three minutes
         dict(width=128, encoder_blocks=2, decoder_blocks=3, dim=256, layers=6, heads=8, chain=192),
         Learning(batch=256, videos=2_400_000, rate=4e-3, decay=0.01, memory=256_000),
@@ -205,8 +205,9 @@ def train(settings, processes):
                     loss = learner.train_loss(done)     # waits for the device
                     left = pace.left(done)
                     run.expect(left)
-                    run.update(done, Epoch=phase.epoch_at(done), Speed=f"{pace.speed:.0f} videos/s",
-                               **{"Train loss": f"{loss:.4f}"})
+                    run.update(done, Epoch=phase.epoch_at(done), **{
+                        "Speed": f"{pace.speed / phase.work:.0f} videos/s",
+                        "Train loss": f"{loss:.4f}"})
                     if len(pace.seen) == 2:
                         run.log(f"preset {name} on {device.type}: {phases[0].epochs} and "
                                 f"{phases[1].epochs} epochs; about {duration(left)} from here")
@@ -275,6 +276,7 @@ class Phase:
     steps = property(lambda self: self.epochs * self.epoch_steps)
     stop = property(lambda self: self.start + self.steps)
     look = property(lambda self: max(1, self.epochs // LOOKS), doc="epochs between validations")
+    work = property(lambda self: 2 if self.name == "tokenizer" else 1, doc="of a video, about")
 
     def epoch_at(self, done):
         """The epoch at work after step `done`, in words."""
@@ -529,9 +531,8 @@ class Learner:
         return {"parameters": self.vector, **self.moments, "at": self.at, "loss": self.loss_sum}
 
     def restore(self, kept):
-        with torch.no_grad():
-            for name, tensor in self.tensors().items():
-                tensor.copy_(kept[name])
+        for name, tensor in self.tensors().items():
+            tensor.copy_(kept[name])
 
 
 def schedule(phase):
@@ -585,15 +586,15 @@ def compile_ahead(gpu, phase, sizes, shape, classes, seed, processes):
 # How long it takes, and what there is to see
 
 class Pace:
-    """How long the rest will take at the speed of the last two minutes or so, in videos."""
+    """How long the rest will take at the speed of the last two minutes or so."""
 
     def __init__(self, phases, done):
         self.phases = phases
         self.seen = deque([(time.monotonic(), self.to_come(done))], 24)
 
     def to_come(self, done):
-        """Videos that will be shown after step `done`."""
-        return sum(p.batch * max(0, p.stop - max(done, p.start)) for p in self.phases)
+        """Work after step `done`: the videos that will be shown, each as much as its phase says."""
+        return sum(p.work * p.batch * max(0, p.stop - max(done, p.start)) for p in self.phases)
 
     def is_due(self):
         """Two seconds after the start, then every five."""
@@ -603,7 +604,7 @@ class Pace:
         """Measures: seconds to the end of the training."""
         now, rest, (before, more) = time.monotonic(), self.to_come(done), self.seen[0]
         self.seen.append((now, rest))
-        self.speed = (more - rest) / (now - before)     # videos/s
+        self.speed = (more - rest) / (now - before)
         return rest / self.speed
 
 

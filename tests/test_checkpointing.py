@@ -627,7 +627,6 @@ asyncio.run(main())
     "PyTorch with dropout, scheduler and DataLoader": """
 import torch
 from torch import nn
-torch.set_num_threads(1)
 torch.manual_seed(5)
 data = torch.utils.data.TensorDataset(torch.randn(64, 8), torch.randn(64, 1))
 loader = torch.utils.data.DataLoader(data, batch_size=16, shuffle=True, num_workers=1)

@@ -287,11 +287,11 @@ def phases_of(settings, preset, model, training_videos):
     """The phases with their epochs: as many as the preset's videos make, fewer of dearer videos.
 
     A video's cost goes with its places. What it teaches grows with them too, but more slowly: so
-    the work may grow, the transformer's with the square root, the tokenizer's faster.
+    the work may grow, the tokenizer's faster than the transformer's.
     """
     cost = max(1, model.shape[0] * model.places / 8)
     phases = []
-    for name, exponent in (("tokenizer", 0.25), ("transformer", 0.5)):
+    for name, exponent in (("tokenizer", 0.3), ("transformer", 0.46)):
         learning = getattr(preset, name)
         batch = min(settings.batch_size or learning.batch, training_videos)
         epoch_steps = training_videos // batch

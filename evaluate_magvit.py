@@ -162,14 +162,14 @@ def measure_generation(bench, judge, first, last):
     numbers = torch.arange(first, last, device=bench.device)
     codes = model.sample(labels, bench.seed, numbers, SAMPLES)
     made, plain = model.decode(model.surest(codes, labels)), model.decode(codes[:, 0])
+    near, near_real = nearest(bench, torch.cat([made, real]), model.shape[0])[0].sqrt().chunk(2)
     judge = judge_of(bench, judge).eval()
     return {"right": judged(judge, made).argmax(1) == labels,
             "right_unchosen": judged(judge, plain).argmax(1) == labels,
             "judge_right": judged(judge, real).argmax(1) == labels, "dots": count_dots(made),
             "dots_real": count_dots(real), "path": path_features(made),
             "path_real": path_features(real),
-            "nearest": nearest(bench, made, model.shape[0])[0].sqrt(),
-            "nearest_real": nearest(bench, real, model.shape[0])[0].sqrt()}
+            "nearest": near, "nearest_real": near_real}
 
 
 def measure_prediction(bench, judge, first, last):
@@ -236,13 +236,13 @@ def path_features(videos):
 def nearest(bench, videos, frames):
     """(mean squared difference on a scale of 0 to 1, number) of the training video whose first
     `frames` frames match best, for each of `videos`."""
-    query = videos[:, :frames].flatten(1).float() / 255
+    query, norm = videos[:, :frames].flatten(1).float(), torch.linalg.vector_norm
     best = torch.full((len(query),), math.inf, device=query.device)
     which = torch.zeros(len(query), dtype=torch.long, device=query.device)
     for index in bench.training.split(max(1, 2**24 // query.shape[1])):
-        known = bench.videos[index][:, :frames].flatten(1).float() / 255
-        square = query.square().sum(1)[:, None] - 2 * query @ known.T + known.square().sum(1)
-        value, at = (square / query.shape[1]).min(1)
+        known = bench.videos[index][:, :frames].flatten(1).float()
+        lengths = norm(query, dim=1)[:, None].square() + norm(known, dim=1).square()
+        value, at = ((lengths - 2 * query @ known.T) / (query.shape[1] * 255**2)).min(1)
         which, best = torch.where(value < best, index[at], which), torch.minimum(best, value)
     return best.clamp(min=0), which
 
@@ -261,8 +261,7 @@ def judge_of(bench, state):
     features = frames * MAPS * 3
     answer = nn.Sequential(nn.BatchNorm1d(features), nn.Linear(features, 256), nn.GELU(),
                            nn.Linear(256, 256), nn.GELU(), nn.Linear(256, len(bench.model.classes)))
-    layout = torch.channels_last if bench.device.type == "cpu" else None     # half the time a step
-    judge = nn.ModuleDict({"maps": maps, "answer": answer}).to(bench.device, memory_format=layout)
+    judge = nn.ModuleDict({"maps": maps, "answer": answer}).to(bench.device)
     if state:
         judge.load_state_dict(state["weights"])
     return judge

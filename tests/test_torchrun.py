@@ -171,19 +171,29 @@ def typed(beginning, data, out):
     return line.replace("per_node=gpu", "per_node=2").replace("train_magvit.py", more)
 
 
-@pytest.mark.thorough
-@pytest.mark.timeout(400)
-def test_the_line_for_two_machines_and_a_worker_killed_on_either(data, whole, tmp_path):
-    """Follower and leader in turn, in both phases, with checkpoints as fast as they can be written,
-    so that kills fall into a save. The restarts are torchrun's own: the agent whose worker lives
-    counts none, and both must meet anew all the same."""
+def two_machines(data, out, threads):
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    out = tmp_path / "run"
     line = typed("torchrun --nnodes=2", data, out).replace("FIRST:29500", f"localhost:{port}")
     line = line.replace("nproc_per_node=2", "nproc_per_node=1")
-    machines = [marked(["bash", "-c", line], OMP_NUM_THREADS="1") for _ in range(2)]
+    return [marked(["bash", "-c", line], **threads) for _ in range(2)]
+
+
+@pytest.mark.thorough
+@pytest.mark.timeout(400)
+@pytest.mark.parametrize("threads", [{"OMP_NUM_THREADS": "1"}, {}], ids=["one thread", "default"])
+def test_the_line_for_two_machines_and_a_worker_killed_on_either(data, whole, tmp_path, threads):
+    """Follower and leader in turn, in both phases, with checkpoints as fast as they can be written,
+    so that kills fall into a save. The restarts are torchrun's own: the agent whose worker lives
+    counts none, and both must meet anew all the same. With one thread the bits are those of a group
+    on one machine, where torchrun sets it; with all, those of two machines left alone."""
+    out = tmp_path / "run"
+    if not threads:
+        whole = tmp_path / "whole"
+        for machine in two_machines(data, whole, threads):
+            ended(machine)
+    machines = two_machines(data, out, threads)
     for phase, rank in (("tokenizer", 1), ("transformer", 0)):
         kill_worker(at_work(out, *machines, phase=phase)[rank], *machines)
     output = [ended(machine) for machine in machines]

@@ -291,7 +291,7 @@ def phases_of(settings, preset, model, training_videos):
     """
     cost = max(1, model.shape[0] * model.places / 8)
     phases = []
-    for name, exponent in (("tokenizer", 0.3), ("transformer", 0.46)):
+    for name, exponent in (("tokenizer", 0.33), ("transformer", 0.43)):
         learning = getattr(preset, name)
         batch = min(settings.batch_size or learning.batch, training_videos)
         epoch_steps = training_videos // batch

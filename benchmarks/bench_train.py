@@ -1,7 +1,7 @@
 """What training costs, as ratios measured in one run:
 
     python benchmarks/bench_train.py                                  # two minutes on two cores
-    python benchmarks/bench_train.py --device cuda --preset small     # two minutes on one H100
+    python benchmarks/bench_train.py --device cuda --preset small     # five minutes on one H100
 
 Steps of both phases, as one CUDA graph against as they are, and how much of the time the device
 works; a training with checkpoints against one without; a restart; a training with another program

@@ -275,7 +275,7 @@ class Phase:
 
     steps = property(lambda self: self.epochs * self.epoch_steps)
     stop = property(lambda self: self.start + self.steps)
-    look = property(lambda self: max(1, self.epochs // LOOKS), doc="epochs between validations")
+    look = property(lambda self: -(-self.epochs // LOOKS), doc="epochs between validations")
     work = property(lambda self: 2 if self.name == "tokenizer" else 1, doc="of a video, about")
 
     def epoch_at(self, done):

@@ -68,10 +68,10 @@ class Learning:
 
 Preset = namedtuple("Preset", "sizes tokenizer transformer")     # the sizes of magvit.Sizes
 PRESETS = {
-    "tiny": Preset(     # for two cores: 25 to 30 minutes
+    "tiny": Preset(     # for two cores: about 25 minutes
         dict(width=64, encoder_blocks=1, decoder_blocks=2, dim=128, layers=3, heads=4, chain=96),
-        Learning(batch=32, videos=150_000, rate=4e-3, decay=0.01, memory=32_000),
-        Learning(batch=96, videos=1_700_000, rate=3.5e-3, decay=0.045, memory=32_000)),
+        Learning(batch=32, videos=125_000, rate=4e-3, decay=0.01, memory=32_000),
+        Learning(batch=96, videos=1_600_000, rate=3.5e-3, decay=0.045, memory=32_000)),
     "small": Preset(    # for one large GPU: three minutes
         dict(width=128, encoder_blocks=2, decoder_blocks=3, dim=256, layers=6, heads=8, chain=192),
         Learning(batch=256, videos=2_400_000, rate=4e-3, decay=0.01, memory=256_000),

@@ -298,6 +298,13 @@ def learners(shape=(8, 1, 32, 32), videos=40, batch=8, processes=None):
     return made
 
 
+def test_a_phase_is_validated_at_most_forty_times():
+    phase = learners()[0].phase
+    for phase.epochs in range(1, 500):
+        looks = sum(e % phase.look == 0 or e == phase.epochs for e in range(1, phase.epochs + 1))
+        assert min(phase.epochs, 20) <= looks <= 40
+
+
 def as_on_a_gpu(monkeypatch):
     """Where shapes are fixed before: here all places are told, and most have no weight."""
     plain = tm.masked_loss

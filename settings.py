@@ -26,7 +26,7 @@ if os.path.dirname(os.path.abspath(sys.argv[0])) == os.path.dirname(os.path.absp
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, leave)
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")     # torch's threads: if two programs let
-    os.environ.setdefault("GOMP_SPINCOUNT", "2000")         # them spin on, both are 3 times slower
+    os.environ.setdefault("GOMP_SPINCOUNT", "2000")         # them spin on, both are far slower
 
 
 def option(default, help):

@@ -68,7 +68,7 @@ class Learning:
 
 Preset = namedtuple("Preset", "sizes tokenizer transformer")     # the sizes of magvit.Sizes
 PRESETS = {
-    "tiny": Preset(     # for two cores: about 25 minutes
+    "tiny": Preset(     # for two cores: 26 minutes
         dict(width=64, encoder_blocks=1, decoder_blocks=2, dim=128, layers=3, heads=4, chain=96),
         Learning(batch=32, videos=125_000, rate=4e-3, decay=0.01, memory=32_000),
         Learning(batch=96, videos=1_600_000, rate=3.5e-3, decay=0.045, memory=32_000)),
@@ -297,7 +297,7 @@ def phases_of(settings, preset, model, training_videos):
         epoch_steps = training_videos // batch
         epochs = max(1, round(learning.videos / cost**exponent / (epoch_steps * batch)))
         rate = learning.rate * math.sqrt(batch / learning.batch)
-        if name == "tokenizer":     # at 4e-3 a slot of 16x64x64 RGB collapsed to a single code
+        if name == "tokenizer":     # at 4e-3, batch 512, a slot of 16x64x64 RGB collapsed
             rate /= cost**exponent
         phases.append(Phase(name, learning, batch, epoch_steps, epochs, 0, rate))
     if settings.epochs:

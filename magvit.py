@@ -525,10 +525,11 @@ def open_device(name):
         torch.use_deterministic_algorithms(True)
     else:   # the same, but a second faster: no compiler is imported
         torch.set_deterministic_debug_mode("error")
-    if name == "cpu" and hasattr(ctypes.CDLL(None), "mallopt"):
+    libc = ctypes.CDLL(None)
+    if name == "cpu" and hasattr(libc, "mallopt"):
         # glibc keeps what a step frees for the next one: new pages cost the judge half its time.
         for parameter, most in ((-3, 2**25), (-1, 2**31 - 1)):  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
-            ctypes.CDLL(None).mallopt(parameter, most)
+            libc.mallopt(parameter, most)
     torch.utils.deterministic.fill_uninitialized_memory = False   # it only helps to find errors
     torch.set_float32_matmul_precision("high")   # TF32 on CUDA
     return torch.device(name)

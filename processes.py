@@ -16,7 +16,7 @@ import torch
 from torch import distributed
 
 import checkpointing
-from checkpointing import FAILED, WRONG_SETTINGS, CheckpointError
+from checkpointing import WRONG_SETTINGS, CheckpointError
 
 TORCHRUN = "TORCHELASTIC_RUN_ID"    # torchrun sets it for what it starts
 PATIENCE = timedelta(minutes=30)    # for another process, which may be compiling or saving
@@ -57,8 +57,7 @@ class Processes:
         torchrun keeps one store over all restarts, and the addresses of the dead in it: whoever
         reads them waits for ever (seen with torch 2.13; on several machines the counts of restarts
         differ). So the leader names the start, beside what it has read of the others; a follower
-        believes it once it finds there what it has just written itself.
-        """
+        believes it once it finds there what it has just written itself."""
         name, mine, others = os.urandom(8).hex(), os.urandom(8).hex(), range(1, self.count)
         if not self.leads:
             store.set(f"here {self.number}", mine)
@@ -77,21 +76,23 @@ class Processes:
 
     @contextlib.contextmanager
     def one_voice(self):
-        """What goes wrong is one line on each machine."""
-        first_here = os.environ.get("LOCAL_RANK", "0") == "0"
+        """What goes wrong is one line on each machine: torchrun ends all processes once one has
+        gone, so the first one here says it at once, the others only where it did not."""
         try:
-            with checkpointing.one_line_errors() if first_here else contextlib.nullcontext():
-                yield
-                if not self.alone:
-                    distributed.destroy_process_group()
-                if not self.leads:
-                    os._exit(0)     # Python's end behind a group aborts now and then (torch 2.13)
-        except SystemExit:      # the leader, after its last word: as above
+            with checkpointing.one_line_errors():
+                try:
+                    yield
+                except BaseException:
+                    if os.environ.get("LOCAL_RANK", "0") != "0":
+                        for number in checkpointing.ALL_SIGNALS:
+                            signal.signal(number, signal.SIG_DFL)
+                        time.sleep(10)
+                    raise
+        finally:
             if not self.alone and distributed.is_initialized():
                 distributed.destroy_process_group()
-            raise
-        except (CheckpointError, OSError) as error:
-            raise SystemExit(getattr(error, "exit_code", FAILED)) from None
+        if not self.leads:
+            os._exit(0)     # Python's end behind a group aborts now and then (torch 2.13)
 
     def given(self, value):
         """The leader's `value`, in every process."""

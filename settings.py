@@ -1,12 +1,12 @@
-"""The command line of a stage, made from the dataclass that holds its settings.
-
-Imported first by every stage: while it imports the rest, Ctrl-C or a missing package is one line.
+"""The command line of a stage, made from the dataclass that holds its settings. Imported first by
+every stage: while it imports the rest, Ctrl-C or a missing package is one line.
 """
 import argparse
 import dataclasses
 import os
 import signal
 import sys
+import time
 
 
 def leave(number, frame):
@@ -40,9 +40,9 @@ class OneLineParser(argparse.ArgumentParser):   # a mistake is one line, not the
             signal.signal(signal.SIGINT, signal.default_int_handler)
         return super().parse_args(*arguments)
 
-    def error(self, message):   # of the many that torchrun starts, one speaks
-        speaks = "TORCHELASTIC_RUN_ID" not in os.environ or os.environ.get("RANK") == "0"
-        self.exit(2, f"{self.prog}: error: {message}; see {self.prog} --help\n" * speaks)
+    def error(self, message):   # as in processes.one_voice: the first says it, or else the others
+        time.sleep(10 * (os.environ.get("LOCAL_RANK", "0") != "0"))
+        self.exit(2, f"{self.prog}: error: {message}; see {self.prog} --help\n")
 
 
 def parse_settings(kind, description, argv=None):

@@ -223,14 +223,26 @@ kill -TERM $job; wait $job
 
 @pytest.mark.thorough
 def test_refusals_are_said_once(data, whole, tmp_path):
+    """Also where process 0, which has to say them, is late."""
+    late = """import checkpointing, time
+if os.environ["RANK"] == "0":
+    complain = checkpointing.complain
+    checkpointing.complain = lambda words: (time.sleep(1), complain(words))
+    time.sleep(1)
+"""
     other = tmp_path / "other.npz"      # as on two machines with different copies
     np.savez(other, **data_set(seed=1))
-    change = f"if os.environ['RANK'] == '1': sys.argv[2] = {str(other)!r}\n"
-    elsewhere = JOB.replace("train_magvit.main", change + "train_magvit.main")
+
+    def job(change=""):
+        return JOB.replace("train_magvit.main", f"{late}{change}train_magvit.main")
+
+    elsewhere = "if os.environ['RANK'] == '1': sys.argv[2] = {!r}\n".format
     for group, words in (
-            (torchrun(data, whole, "--seed", 8), "started with other settings"),
-            (torchrun(data, tmp_path / "fresh", "--fresh"), "--fresh would start over"),
-            (torchrun(data, tmp_path / "run", job=elsewhere), "is not the same for all processes")):
+            (torchrun(data, whole, "--seed", 8, job=job()), "started with other settings"),
+            (torchrun(data, tmp_path / "fresh", "--fresh", job=job()), "--fresh would start over"),
+            (torchrun(data, tmp_path / "run", job=job(elsewhere(str(other)))),
+             "is not the same for all processes"),
+            (torchrun(data, tmp_path / "run", job=job(elsewhere("gone.npz"))), "gone.npz")):
         output = ended(group, code=1)
         ours = rf'File "{re.escape(str(ROOT))}/\w+\.py'    # a trace of ours; torchrun's stays
         assert output.count(words) == 1 and not re.search(ours, output), output

@@ -15,8 +15,7 @@ from datetime import timedelta
 import torch
 from torch import distributed
 
-import checkpointing
-from checkpointing import WRONG_SETTINGS, CheckpointError
+from checkpointing import ALL_SIGNALS, WRONG_SETTINGS, CheckpointError, one_line_errors
 
 TORCHRUN = "TORCHELASTIC_RUN_ID"    # torchrun sets it for what it starts
 PATIENCE = timedelta(minutes=30)    # for another process, which may be compiling or saving
@@ -79,13 +78,12 @@ class Processes:
         """What goes wrong is one line on each machine: torchrun ends all processes once one has
         gone, so the first one here says it at once, the others only where it did not."""
         try:
-            with checkpointing.one_line_errors():
+            with one_line_errors():
                 try:
                     yield
                 except BaseException:
                     if os.environ.get("LOCAL_RANK", "0") != "0":
-                        for number in checkpointing.ALL_SIGNALS:
-                            signal.signal(number, signal.SIG_DFL)
+                        signal.signal(signal.SIGTERM, signal.SIG_DFL)
                         time.sleep(10)
                     raise
         finally:
@@ -142,21 +140,23 @@ def reached():
     try:
         yield
     except RuntimeError as error:   # gloo's errors are nothing more special
-        words = " ".join(str(error).split())[:120]
-        raise CheckpointError(f"another process of this training is gone ({words}). What was saved "
-                              "is safe; the same command goes on, torchrun --max-restarts=3 by "
-                              "itself") from None
+        raise CheckpointError(f"another process of this training is gone ({str(error)[:120]}). What "
+                              "was saved is safe; the same command goes on, torchrun "
+                              "--max-restarts=3 by itself") from None
 
 
 class Follower(contextlib.nullcontext):
     """In place of a Run, in the processes that do not lead: nothing is said or saved there."""
 
-    stopping = None
-
     def __init__(self):
         super().__init__(self)
-        for number in checkpointing.ALL_SIGNALS:
+        self.stopping = None
+        for number in ALL_SIGNALS:
             signal.signal(number, lambda number, frame: setattr(self, "stopping", number))
+
+    def __exit__(self, error, *_):
+        if error and self.stopping:     # what followed a signal is its end, as in a Run
+            self.leave_if_asked()
 
     def load(self, default, read):
         return default

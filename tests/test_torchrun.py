@@ -124,6 +124,24 @@ def test_a_killed_worker_is_restarted_to_the_same_bits(data, whole, tmp_path):
 
 
 @pytest.mark.thorough
+def test_a_follower_too_busy_to_leave_at_once_leaves_in_silence(data, whole, tmp_path):
+    """It notices that the leader is gone only behind torchrun's SIGTERM: nobody waits for it."""
+    group = torchrun(data, tmp_path, restarts=1)
+    there = at_work(tmp_path, group)
+    os.kill(there[1], signal.SIGSTOP)
+    kill_worker(there[0], group)
+
+    def told():
+        with open(f"/proc/{there[1]}/status") as file:
+            pending = next(line for line in file if line.startswith("ShdPnd:"))
+        return int(pending.split()[1], 16) >> (signal.SIGTERM - 1) & 1
+    wait_for(told, "torchrun's SIGTERM", 60)
+    os.kill(there[1], signal.SIGCONT)
+    assert "is gone" not in ended(group)
+    same_results(tmp_path, whole)
+
+
+@pytest.mark.thorough
 def test_a_signal_to_the_group_or_to_one_worker_saves_and_leaves_nothing_behind(data, whole,
                                                                                tmp_path):
     """Ctrl-C, too: torchrun passes it on, once."""
